@@ -1,0 +1,80 @@
+"""What the four scripts share about flags, errors and where things lie."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from desc import DescError, __version__
+from desc.files import write_json
+
+
+def flag(default, text: str):
+    """A field of a configuration: its default and what it does."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Flags of every script."""
+
+    model: str = flag("smollm2", "smollm2, toy, a Hub id or a folder")
+    data: str = flag("sample", "sample (shipped), esconv (fetched from the Hub), or a file in ESConv's schema")
+    split_file: str | None = flag(None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1")
+    strategies: str | None = flag(None, "a text file with another taxonomy, one strategy a line")
+    out: str = flag("out", "the folder under which every artefact lies")
+    seed: int = flag(0, "seeds the split, the adapters' start, the order of batches and all sampling")
+    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of the frozen base model; adapters are float32")
+    max_length: int = flag(2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges")
+    max_tokens: int = flag(2048, "tree nodes in one forward pass; less needs less memory and changes no result")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass
+class TrainConfig(Config):
+    """Flags of both training scripts."""
+
+    batch_size: int = flag(32, "examples (SFT) or pairs (DPO) in a step; whole dialogues, as near to it as they come, with --share dialogue")
+    share: Literal["dialogue", "pair", "none"] = flag("dialogue", "which equal prefixes are read once; the loss of given examples is the same")
+    rank: int = flag(16, "LoRA's r")
+    alpha: float = flag(16, "LoRA's alpha; the update is scaled by alpha / rank")
+    dropout: float = flag(0.05, "on the input of the adapters that are trained")
+    warmup: float = flag(0.1, "share of the steps in which the rate rises; afterwards it falls to zero along a cosine")
+    weight_decay: float = flag(0.0, "AdamW's, on the adapters")
+    max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it")
+    eval_every: int = flag(50, "steps between scores on validation dialogues")
+    eval_dialogues: int = flag(0, "validation dialogues to score; 0 takes all")
+    keep: Literal["best", "last"] = flag("best", "the adapter that later steps find; the other one lies in a folder beside it")
+    show_example: bool = flag(False, "print the first example, what carries loss between » and «, and stop")
+
+
+def parse(kind):
+    """A configuration from the command line; an unknown flag ends the program with a usage message."""
+    parser = HfArgumentParser(kind, description=(sys.modules["__main__"].__doc__ or "").strip())
+    parser.formatter_class = __import__("argparse").RawDescriptionHelpFormatter
+    return kind(**vars(parser.parse_args()))
+
+
+def save_config(config, folder: Path) -> None:
+    write_json(folder / "config.json", {"desc": __version__, "torch": torch.__version__, **asdict(config)})
+
+
+def run(main) -> None:
+    """Call main(); a DescError or a full disk ends in one line, an interrupt in none."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        main()
+    except DescError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or ''}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,183 @@
+"""LoRA by hand: adapters beside frozen linear layers, several at once, each switched off at will, saved as PEFT saves them.
+
+y = W x + Σ_adapters (alpha / r) B A x, with A (r, in) random, B (out, r) zero at first (Hu et al. 2021, section 4.1), so that a
+fresh adapter changes nothing, to the bit.
+"""
+
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from desc import DescError
+from desc.files import write_bytes, write_json
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."  # what PEFT puts before a module's name
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Settings of PEFT's that would change the arithmetic above; an adapter that uses one is refused.
+PLAIN = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False}
+PLAIN |= {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+class Adapter(nn.Module):
+    """(alpha / r) B A dropout(x), for one linear layer; A (r, in) and B (out, r) in fp32."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        device = linear.weight.device
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=torch.float32))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.alpha, self.scale = alpha, alpha / rank
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        # Cast at use: the product runs in the base model's dtype, the optimizer sees fp32.
+        return F.linear(F.linear(self.dropout(x), self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with adapters beside its frozen weight. It takes over the weight itself, so state-dict keys stay the model's."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.adapters = nn.ModuleDict()
+        self.off: set[str] = set()
+
+    def forward(self, x):
+        y = super().forward(x)
+        for name, adapter in self.adapters.items():
+            if name not in self.off:
+                y = y + adapter(x)
+        return y
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that carry adapters, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _attach(model, module_name: str, name: str, rank: int, alpha: float, dropout: float) -> Adapter:
+    layer = model.get_submodule(module_name)
+    if not isinstance(layer, LoRALinear):
+        layer = LoRALinear(layer)
+        model.set_submodule(module_name, layer)
+    if name in layer.adapters:
+        raise ValueError(f"there is an adapter {name!r} already")
+    layer.adapters[name] = Adapter(layer, rank, alpha, dropout)
+    return layer.adapters[name]
+
+
+def add_adapter(model, name: str, rank: int = 16, alpha: float = 16, dropout: float = 0.0, targets=TARGETS) -> None:
+    """Freeze the model and put a fresh, trainable adapter on every linear layer whose last name is in `targets`.
+
+    Raises DescError where a target names no layer."""
+    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
+    if missing := set(targets) - {n.rpartition(".")[2] for n in found}:
+        linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise DescError(f"no linear layer is called {', '.join(sorted(missing))}; this model has {', '.join(linears)}")
+    model.requires_grad_(False)
+    for module_name in found:
+        _attach(model, module_name, name, rank, alpha, dropout)
+
+
+@contextmanager
+def adapter_off(model, *names: str):
+    """Within this context the model answers as if the adapters `names` were not there; also restored after an exception."""
+    layers = lora_layers(model).values()
+    before = [set(layer.off) for layer in layers]
+    for layer in layers:
+        layer.off |= set(names)
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before):
+            layer.off = off
+
+
+def merge_adapters(model) -> None:
+    """Fold all adapters into the weights, in fp32 and rounded once, and leave plain linear layers."""
+    for name, layer in lora_layers(model).items():
+        delta = sum(a.scale * (a.B @ a.A) for a in layer.adapters.values())
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter((layer.weight.float() + delta).detach().to(layer.weight.dtype), requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)
+
+
+def stack_adapters(layer: LoRALinear) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """All adapters of a layer as one: (A (Σr, in), B (out, Σr), alpha). Exact, for B₁A₁ + B₂A₂ = [B₁ B₂] [A₁; A₂]."""
+    adapters = list(layer.adapters.values())
+    if len(adapters) == 1:
+        return adapters[0].A, adapters[0].B, adapters[0].alpha
+    A = torch.cat([adapter.A for adapter in adapters])
+    B = torch.cat([adapter.scale * adapter.B for adapter in adapters], dim=1)
+    return A, B, len(A)  # alpha = rank: the scales are in B
+
+
+def save_adapter(model, folder: str | Path) -> None:
+    """Write all adapters, stacked into one, as PEFT's adapter_model.safetensors and adapter_config.json (vLLM reads them too)."""
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        A, B, alpha = stack_adapters(layer)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+        rank = len(A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted({name.rpartition(".")[2] for name in lora_layers(model)}),
+        "inference_mode": True,
+        **PLAIN,
+    }
+    write_bytes(Path(folder) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_json(Path(folder) / CONFIG, config)
+
+
+def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) -> None:
+    """Attach an adapter saved by `save_adapter` or by PEFT. Frozen adapters have no dropout.
+
+    Raises DescError where a file is missing or broken, uses a feature beyond plain LoRA, or does not fit the model: an adapter
+    that loads but is not applied is the worst of bugs (vllm#34186)."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DescError(f"{folder}: holds no readable LoRA adapter ({error})") from None
+    if odd := [key for key, plain in PLAIN.items() if (config.get(key) or plain or None) != (plain or None)]:
+        raise DescError(f"{folder}: uses {', '.join(odd)}, which desc's plain LoRA does not compute")
+    modules = dict(model.named_modules())
+    halves = {}
+    for key, tensor in tensors.items():
+        module_name, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
+        if half not in ("A.weight", "B.weight") or not isinstance(modules.get(module_name), nn.Linear):
+            raise DescError(f"{folder}: {key} fits no linear layer of this model; is it an adapter for another one?")
+        halves.setdefault(module_name, {})[half[0]] = tensor
+    for module_name, half in halves.items():
+        layer = modules[module_name]
+        shapes = {"A": (config["r"], layer.in_features), "B": (layer.out_features, config["r"])}
+        if {key: tuple(tensor.shape) for key, tensor in half.items()} != shapes:
+            raise DescError(f"{folder}: {module_name} has other shapes than this model's {shapes}; is it for another model?")
+    if missing := set(config["target_modules"]) - {module_name.rpartition(".")[2] for module_name in halves}:
+        raise DescError(f"{folder}: has no weights for {', '.join(sorted(missing))}")
+    if not lora_layers(model):
+        model.requires_grad_(False)
+    for module_name, half in halves.items():
+        adapter = _attach(model, module_name, name, config["r"], config["lora_alpha"], config["lora_dropout"] if trainable else 0.0)
+        with torch.no_grad():
+            adapter.A.copy_(half["A"])
+            adapter.B.copy_(half["B"])
+        adapter.requires_grad_(trainable)

@@ -1,0 +1,82 @@
+"""What a model would do: the exact distribution over strategies, and replies in batches."""
+
+import zlib
+
+import torch
+from transformers import GenerationConfig
+
+from desc.encoding import Item, encode, encode_prompt
+from desc.esconv import Dialogue
+from desc.modeling import sequence_logps
+from desc.prompts import build_messages
+from desc.strategies import ESCONV, Strategies
+from desc.tree import pack
+
+
+def seeded(*parts) -> torch.Generator:
+    """A generator whose seed depends on all of `parts`, so that work done in any order, or resumed, draws the same."""
+    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
+
+
+@torch.no_grad()
+def score_strategies(
+    model, tokenizer, task: str, dialogue: Dialogue, strategies: Strategies = ESCONV, max_length: int = 2048, max_tokens: int = 2048
+) -> torch.Tensor:
+    """log p(strategy | context) of every strategy at every supporter turn, human history: (T, K) fp32, rows sum to 1 in probability.
+
+    The K names are K branches at each turn of the dialogue's tree. `sp` scores "name" with its end of turn; `vanilla` scores the
+    tag "[name]" that opens its completion. Probability on anything but a name is left out by normalising."""
+    texts = [f"[{name}]" if task == "vanilla" else name for name in strategies]
+    items = []
+    for turn in range(len(dialogue)):
+        messages = build_messages(task, dialogue, turn, strategies=strategies)
+        items.append(encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, texts, max_length, end=task == "sp"))
+    logps = [sequence_logps(model, forest) for _, forest in pack(items, "dialogue", max_tokens)]
+    return torch.cat(logps).view(len(dialogue), len(strategies)).log_softmax(-1).cpu()
+
+
+def temper(logps: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Probabilities (…, K) as sampled: sharpened by 1/temperature, then the smallest set of at least `top_p` mass, renormalised.
+
+    Temperature 0 puts all mass on the most likely."""
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logps.argmax(-1), logps.shape[-1]).float()
+    probabilities, order = (logps / temperature).softmax(-1).sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = torch.where(before < top_p, probabilities, 0.0)
+    return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
+
+
+def sample_strategies(logps: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> list[int]:
+    """One index into the strategies a row of `logps` (T, K)."""
+    return torch.multinomial(temper(logps, temperature, top_p), 1, generator=generator)[:, 0].tolist()
+
+
+def encode_turns(tokenizer, task: str, dialogue: Dialogue, planned: list[str], strategies: Strategies, max_length: int, room: int):
+    """Prompt ids of every turn, the history cut so that `room` tokens are left for the reply.
+
+    `planned` goes into rg's system message, and for vanilla stands as the tag "[strategy]" with which the reply begins; an empty
+    string leaves vanilla's and sp's answer wholly to the model."""
+    prompts = []
+    for turn, strategy in enumerate(planned):
+        messages = build_messages(task, dialogue, turn, strategy, strategies)
+        begun = f"[{strategy}]" if task == "vanilla" and strategy else ""
+        item: Item = encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, [begun], max_length - room, end=False)
+        prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
+    return prompts
+
+
+@torch.no_grad()
+def generate(
+    model, tokenizer, prompts: list[list[int]], generator: torch.Generator, temperature: float, top_p: float, max_new_tokens: int
+) -> list[str]:
+    """One sampled continuation a prompt, as text without its end-of-turn token; temperature 0 is greedy. One left-padded batch."""
+    pad, width = model.generation_config.pad_token_id, max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=model.generation_config.eos_token_id, pad_token_id=pad, **sampling)
+    with torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())
+        written = model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:]
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]

@@ -1,0 +1,74 @@
+"""The taxonomy of support strategies, as a value, and reading strategies out of what a model wrote."""
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from desc import DescError
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """An ordered list of strategy names; the order is that of every table and every probability vector."""
+
+    names: tuple[str, ...]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __contains__(self, name):
+        return name in self.names
+
+    def index(self, name: str) -> int:
+        return self.names.index(name)
+
+    def parse(self, text: str) -> str | None:
+        """The strategy a planner wrote, or None. Brackets, final stops, case and white space do not matter."""
+        wanted = " ".join(text.split()).strip("[].:\"' ").casefold()
+        return next((name for name in self.names if name.casefold() == wanted), None)
+
+    def split_tag(self, text: str) -> tuple[str | None, str]:
+        """(strategy, reply) of "[strategy] reply"; the strategy is None, and the text whole, where the tag is no strategy."""
+        tag = re.match(r"\s*\[([^\]]*)\]\s*", text)
+        strategy = self.parse(tag.group(1)) if tag else None
+        return (strategy, text[tag.end() :].strip()) if strategy else (None, text.strip())
+
+    def suggestion(self, name: str) -> str:
+        """" (did you mean 'Question'?)" for a misspelt name, else "", to end an error message with."""
+        close = get_close_matches(name, self.names, n=1)
+        return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# Liu et al. 2021 (ESConv), in the order that all published figures use.
+ESCONV = Strategies(
+    (
+        "Question",
+        "Restatement or Paraphrasing",
+        "Reflection of feelings",
+        "Self-disclosure",
+        "Affirmation and Reassurance",
+        "Providing Suggestions",
+        "Information",
+        "Others",
+    )
+)
+
+
+def read_strategies(path: str | None) -> Strategies:
+    """A taxonomy from a text file with one name a line; ESConv's eight where `path` is None.
+
+    Raises DescError where the file cannot be read, names fewer than two strategies, repeats one, or uses a bracket."""
+    if path is None:
+        return ESCONV
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DescError(f"--strategies {path}: cannot be read as UTF-8 text ({error})") from None
+    names = tuple(" ".join(line.split()) for line in lines if line.strip())
+    if len(names) < 2 or len({name.casefold() for name in names}) < len(names) or any(c in "[]" for name in names for c in name):
+        raise DescError(f"--strategies {path}: wants two or more different names, one a line, without square brackets")
+    return Strategies(names)

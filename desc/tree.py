@@ -1,0 +1,120 @@
+"""Token sequences -> a forest of prefix trees that a model reads once.
+
+Turn k's prompt is a prefix of turn k+1's, and both answers of a pair share their prompt. So equal prefixes are merged, and the
+tokens of the tree are laid in depth-first order. A token may look at itself and its ancestors only, and in depth-first order the
+descendants of node k are the run k … end[k] - 1, so the whole attention mask is one line:
+
+    query q sees key k   iff   k <= q < end[k]
+
+Every sequence is tokenised alone and only equal prefixes merge, so each token sees exactly what it would see in a sequence of its
+own, at the same position: log-probabilities and gradients are the same.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from os.path import commonprefix
+
+import torch
+
+from desc.encoding import Item, Sequence
+
+SHARING = ("dialogue", "pair", "none")
+
+
+@dataclass(frozen=True)
+class Forest:
+    """N nodes, M completion tokens, S sequences. All int64."""
+
+    ids: torch.Tensor  # (N,) tokens in depth-first order
+    depth: torch.Tensor  # (N,) distance from the root: the position ids
+    end: torch.Tensor  # (N,) one past the last descendant
+    rows: torch.Tensor  # (M,) node whose hidden state predicts a completion token
+    targets: torch.Tensor  # (M,) that token
+    owner: torch.Tensor  # (M,) the sequence it belongs to
+    size: int  # S
+
+    def to(self, device) -> "Forest":
+        return Forest(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)[:-1]), self.size)
+
+
+def grow(sequences: list[Sequence]) -> Forest:
+    """The prefix tree of `sequences` (a forest where their first tokens differ). Sequence s keeps number s as its owner.
+
+    Raises ValueError for an empty prompt (nothing would predict the first completion token) or an empty completion."""
+    if any(not prompt or not completion for prompt, completion in sequences):
+        raise ValueError("a sequence needs a prompt and a completion of at least one token each")
+    # A sequence's last token predicts nothing, so it is a target but no node.
+    inputs = [list(prompt) + list(completion[:-1]) for prompt, completion in sequences]
+    ids, depth, end = [], [], []
+    path, previous = [], []  # nodes and tokens from the root to the leaf laid last
+    paths = [[] for _ in sequences]
+    for s in sorted(range(len(inputs)), key=inputs.__getitem__):  # lexicographic order is a depth-first walk of the tree
+        shared = len(commonprefix([previous, inputs[s]]))
+        for node in path[shared:]:  # the branch we leave has no more descendants
+            end[node] = len(ids)
+        path = path[:shared] + list(range(len(ids), len(ids) + len(inputs[s]) - shared))
+        ids += inputs[s][shared:]
+        depth += range(shared, len(inputs[s]))
+        end += [0] * (len(ids) - len(end))
+        paths[s], previous = path, inputs[s]
+    for node in path:
+        end[node] = len(ids)
+    rows = [node for (prompt, _), nodes in zip(sequences, paths) for node in nodes[len(prompt) - 1 :]]
+    targets = [token for _, completion in sequences for token in completion]
+    owner = [s for s, (_, completion) in enumerate(sequences) for _ in completion]
+    return Forest(*map(torch.tensor, (ids, depth, end, rows, targets, owner)), len(sequences))
+
+
+def join(forests: list[Forest]) -> Forest:
+    """Several forests laid one after another; sequences are numbered on in the same order. `end` keeps them apart."""
+    parts, nodes, sequences = [], 0, 0
+    for f in forests:
+        parts.append((f.ids, f.depth, f.end + nodes, f.rows + nodes, f.targets, f.owner + sequences))
+        nodes, sequences = nodes + len(f.ids), sequences + f.size
+    return Forest(*map(torch.cat, zip(*parts)), sequences)
+
+
+def plant(items: list[Item], share: str) -> Forest:
+    """Items -> forest. `share` says which equal prefixes merge: all of them ("dialogue"), those within an item ("pair"), or "none"."""
+    if share == "dialogue":
+        return grow([sequence for item in items for sequence in item.sequences])
+    if share == "pair":
+        return join([grow(item.sequences) for item in items])
+    return join([grow([sequence]) for item in items for sequence in item.sequences])
+
+
+def pack(items: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item], Forest]]:
+    """Cut a batch into micro-batches of at most `max_tokens` nodes each (more only where a single item has more).
+
+    Items of one dialogue are planted together when sharing by dialogue, and stand in their order of arrival otherwise."""
+    groups: dict[object, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.dialogue if share == "dialogue" else id(item), []).append(item)
+    batches, room = [], 0
+    for group, forest in _fit(groups.values(), share, max_tokens):
+        if len(forest.ids) > room:
+            batches.append(([], []))
+            room = max_tokens
+        batches[-1][0].extend(group)
+        batches[-1][1].append(forest)
+        room -= len(forest.ids)
+    return [(members, join(forests)) for members, forests in batches]
+
+
+def _fit(groups: Iterable[list[Item]], share: str, max_tokens: int):
+    """Plant each group, halving those that are too large."""
+    for group in groups:
+        forest = plant(group, share)
+        if len(forest.ids) <= max_tokens or len(group) == 1:
+            yield group, forest
+        else:
+            yield from _fit((group[: len(group) // 2], group[len(group) // 2 :]), share, max_tokens)
+
+
+def dense_mask(forest: Forest, window: int | None = None) -> torch.Tensor:
+    """(N, N) bool, [q, k] true where query q may attend to key k; with `window`, only the last `window` tokens of its path."""
+    node = torch.arange(len(forest.ids), device=forest.ids.device)
+    mask = (node[None, :] <= node[:, None]) & (node[:, None] < forest.end[None, :])
+    if window is not None:
+        mask &= forest.depth[:, None] - forest.depth[None, :] < window
+    return mask
