@@ -1,6 +1,7 @@
 """What the four scripts share about flags, errors and where things lie."""
 
 import sys
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ def flag(default, text: str):
 class Config:
     """Flags of every script."""
 
+    task: Literal["sp", "rg", "vanilla"] = field(kw_only=True, metadata={"help": "planner, generator, or both in one model"})
     model: str = flag("smollm2", "smollm2, toy, a Hub id or a folder")
     data: str = flag("sample", "sample (shipped), esconv (fetched from the Hub), or a file in ESConv's schema")
     split_file: str | None = flag(None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1")
@@ -30,7 +32,7 @@ class Config:
     seed: int = flag(0, "seeds the split, the adapters' start, the order of batches and all sampling")
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of the frozen base model; adapters are float32")
     max_length: int = flag(2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges")
-    max_tokens: int = flag(2048, "tree nodes in one forward pass; less needs less memory and changes no result")
+    max_tokens: int = flag(1024, "tree nodes in one forward pass; less needs less memory and changes no result")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,8 +59,7 @@ class TrainConfig(Config):
 
 def parse(kind):
     """A configuration from the command line; an unknown flag ends the program with a usage message."""
-    parser = HfArgumentParser(kind, description=(sys.modules["__main__"].__doc__ or "").strip())
-    parser.formatter_class = __import__("argparse").RawDescriptionHelpFormatter
+    parser = HfArgumentParser(kind, description=sys.modules["__main__"].__doc__, formatter_class=RawDescriptionHelpFormatter)
     return kind(**vars(parser.parse_args()))
 
 

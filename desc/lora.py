@@ -40,7 +40,7 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         # Cast at use: the product runs in the base model's dtype, the optimizer sees fp32.
-        return F.linear(F.linear(self.dropout(x), self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        return F.linear(F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
 
 
 class LoRALinear(nn.Linear):

@@ -78,3 +78,13 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[np.ndar
     stacked, rng = np.stack(groups), np.random.default_rng(seed)
     draws = [statistic(stacked[rng.integers(len(stacked), size=len(stacked))].sum(0)) for _ in range(samples)]
     return tuple(float(x) for x in np.percentile(draws, [2.5, 97.5]))
+
+
+def expected_confusion(probabilities: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV) -> np.ndarray:
+    """The (K, K) confusion matrix that sampling from `probabilities` (T, K) has on average: no sampling noise."""
+    return probabilities.T @ np.eye(len(strategies))[[strategies.index(name) for name in gold]]
+
+
+def negative_log_likelihood(logps: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV) -> float:
+    """− mean log p(gold strategy), nats a turn, of a planner's exact distribution: logps (T, K)."""
+    return -float(np.mean([row[strategies.index(name)] for row, name in zip(logps, gold, strict=True)]))

@@ -31,8 +31,11 @@ def score_strategies(
     for turn in range(len(dialogue)):
         messages = build_messages(task, dialogue, turn, strategies=strategies)
         items.append(encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, texts, max_length, end=task == "sp"))
-    logps = [sequence_logps(model, forest) for _, forest in pack(items, "dialogue", max_tokens)]
-    return torch.cat(logps).view(len(dialogue), len(strategies)).log_softmax(-1).cpu()
+    rows = {}
+    for members, forest in pack(items, "dialogue", max_tokens):
+        logps = sequence_logps(model, forest).view(len(members), len(strategies)).log_softmax(-1).cpu()
+        rows |= zip((item.id for item in members), logps)
+    return torch.stack([rows[item.id] for item in items])
 
 
 def temper(logps: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

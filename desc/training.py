@@ -1,6 +1,5 @@
 """Functions that the two training loops share."""
 
-import json
 import math
 import random
 import time
@@ -10,7 +9,11 @@ from typing import TypeVar
 import torch
 
 from desc import DescError
+from desc.esconv import Dialogue
 from desc.files import append_line
+from desc.metrics import bias_of_confusion, expected_confusion, negative_log_likelihood, scores_of_confusion
+from desc.sampling import score_strategies, temper
+from desc.strategies import Strategies
 
 Thing = TypeVar("Thing")  # an Example or a Pair: whatever has a .dialogue
 
@@ -66,10 +69,13 @@ def update(optimizer, schedule, max_norm: float, where: str) -> float:
     return norm
 
 
-def log(path: Path, record: dict, show=print) -> None:
-    """One line into metrics.jsonl, and one readable line for people."""
+def log(path: Path, record: dict, bar) -> None:
+    """One line into metrics.jsonl. The tqdm bar shows a step's loss, and validation scores stay above it."""
     append_line(path, {"time": round(time.time(), 1), **record})
-    show("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+    if "loss" in record:
+        bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+    else:
+        bar.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
 
 def fresh_log(folder: Path) -> Path:
@@ -78,3 +84,27 @@ def fresh_log(folder: Path) -> Path:
     path = folder / "metrics.jsonl"
     path.unlink(missing_ok=True)
     return path
+
+
+def take(things: list[Thing], count: int) -> list[Thing]:
+    """The first `count`; all where it is 0."""
+    return things[:count] if count else things
+
+
+def planner_scores(model, tokenizer, config, dialogues: list[Dialogue], strategies: Strategies) -> dict[str, float]:
+    """The planner's exact scores on dialogues: negative log-likelihood of the gold strategy at T = 1, and accuracy, Q and B of the
+    confusion matrix that sampling at the paper's T 0.7, top_p 0.95 has on average."""
+    logps = [
+        score_strategies(model, tokenizer, config.task, dialogue, strategies, config.max_length, config.max_tokens)
+        for dialogue in dialogues
+    ]
+    logps = torch.cat(logps)
+    gold = [dialogue.supporter(turn).strategy for dialogue in dialogues for turn in range(len(dialogue))]
+    counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), gold, strategies)
+    scores = scores_of_confusion(counts)
+    return {
+        "valid/nll": negative_log_likelihood(logps.numpy(), gold, strategies),
+        "valid/accuracy": scores.accuracy,
+        "valid/Q": scores.macro_f1,
+        "valid/B": bias_of_confusion(counts).bias,
+    }

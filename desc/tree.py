@@ -86,7 +86,7 @@ def plant(items: list[Item], share: str) -> Forest:
 def pack(items: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item], Forest]]:
     """Cut a batch into micro-batches of at most `max_tokens` nodes each (more only where a single item has more).
 
-    Items of one dialogue are planted together when sharing by dialogue, and stand in their order of arrival otherwise."""
+    Items of one dialogue are planted together when sharing by dialogue, in an order that keeps sub-trees whole if they must be cut."""
     groups: dict[object, list[Item]] = {}
     for item in items:
         groups.setdefault(item.dialogue if share == "dialogue" else id(item), []).append(item)
@@ -102,8 +102,9 @@ def pack(items: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item
 
 
 def _fit(groups: Iterable[list[Item]], share: str, max_tokens: int):
-    """Plant each group, halving those that are too large."""
+    """Plant each group, halving those that are too large, neighbours in the tree kept together (rg has a sub-tree a strategy)."""
     for group in groups:
+        group = sorted(group, key=lambda item: item.sequences[0].prompt)
         forest = plant(group, share)
         if len(forest.ids) <= max_tokens or len(group) == 1:
             yield group, forest
