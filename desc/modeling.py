@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from desc import DescError, zoo
+from desc import DescError, attention, zoo
 from desc.encoding import end_of_turn
 from desc.tree import Forest, dense_mask
 
@@ -22,10 +22,9 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
     if not tokenizer.chat_template:
         raise DescError(f"--model {name}: has no chat template; use an instruct model")
     _check_layers(config, name)
-    # On a CPU, backward through SDPA's kernel takes so long that plain matrix products train 1.4 times as fast (N about 700).
-    attention = "eager" if torch.device(device).type == "cpu" else "sdpa"
+    kernel = attention.register() if torch.device(device).type == "cpu" else "sdpa"
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise DescError(f"--model {name}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
     # A model's own sampling defaults (top_k, repetition penalty) must not leak into ours.
@@ -40,21 +39,17 @@ def _check_layers(config, name: str) -> None:
         raise DescError(f"--model {name}: {', '.join(sorted(odd)) or config.model_type} layers cannot run on a prefix tree")
 
 
-def attention_mask(model, forest: Forest) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The tree's mask as Transformers takes it, (1, 1, N, N): bool for SDPA, additive for eager attention; or a dictionary with one
-    a kind of layer where only some have a sliding window. A window counts along a token's path, so on depth."""
-    window = getattr(model.config, "sliding_window", None)
-    layers = getattr(model.config, "layer_types", None)
+def attention_mask(config, forest: Forest) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The tree's mask as Transformers takes it: (1, 1, N, N) bool, or one a kind of layer where only some have a sliding window.
 
-    def build(window):
-        mask = dense_mask(forest, window)[None, None]
-        if model.config._attn_implementation == "eager":
-            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
-        return mask
-
+    A window counts tokens along a path, so on depth."""
+    full = dense_mask(forest)[None, None]
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
     if window is None or (layers and "sliding_attention" not in layers):
-        return build(None)
-    return {"full_attention": build(None), "sliding_attention": build(window)} if layers else build(window)
+        return full
+    sliding = dense_mask(forest, window)[None, None]
+    return {"full_attention": full, "sliding_attention": sliding} if layers else sliding
 
 
 def sequence_logps(model, forest: Forest) -> torch.Tensor:
@@ -66,7 +61,7 @@ def sequence_logps(model, forest: Forest) -> torch.Tensor:
     logits = model(
         input_ids=forest.ids[None],  # (1, N)
         position_ids=forest.depth[None],  # (1, N)
-        attention_mask=attention_mask(model, forest),
+        attention_mask=attention_mask(model.config, forest),
         logits_to_keep=forest.rows,
         use_cache=False,
     ).logits[0]  # (M, V)

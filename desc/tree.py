@@ -84,7 +84,7 @@ def plant(items: list[Item], share: str) -> Forest:
 
 
 def pack(items: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item], Forest]]:
-    """Cut a batch into micro-batches of at most `max_tokens` nodes each (more only where a single item has more).
+    """Cut a batch into micro-batches of at most `max_tokens` nodes, or twice the longest sequence where that is more.
 
     Items of one dialogue are planted together when sharing by dialogue, in an order that keeps sub-trees whole if they must be cut."""
     groups: dict[object, list[Item]] = {}
@@ -106,7 +106,8 @@ def _fit(groups: Iterable[list[Item]], share: str, max_tokens: int):
     for group in groups:
         group = sorted(group, key=lambda item: item.sequences[0].prompt)
         forest = plant(group, share)
-        if len(forest.ids) <= max_tokens or len(group) == 1:
+        # Below twice the longest sequence most of the tree is one trunk, which both halves would read.
+        if len(forest.ids) <= max(max_tokens, 2 * int(forest.depth.max())) or len(group) == 1:
             yield group, forest
         else:
             yield from _fit((group[: len(group) // 2], group[len(group) // 2 :]), share, max_tokens)
