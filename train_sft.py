@@ -8,7 +8,6 @@ model. A dialogue's turns are read as one prefix tree (desc/tree.py). Writes OUT
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -35,7 +34,7 @@ class SFTConfig(cli.TrainConfig):
 def main():
     config = cli.parse(SFTConfig)
     device = distributed.setup()
-    folder = Path(config.out) / config.task / "sft"
+    folder = config.folder / "sft"
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     valid = take(splits["valid"], config.eval_dialogues)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from desc import DescError, __version__
 from desc.files import write_json
+from desc.lora import CONFIG, save_adapter
 
 
 def flag(default, text: str):
@@ -23,7 +24,6 @@ def flag(default, text: str):
 class Config:
     """Flags of every script."""
 
-    task: Literal["sp", "rg", "vanilla"] = field(kw_only=True, metadata={"help": "planner, generator, or both in one model"})
     model: str = flag("smollm2", "smollm2, toy, a Hub id or a folder")
     data: str = flag("sample", "sample (shipped), esconv (fetched from the Hub), or a file in ESConv's schema")
     split_file: str | None = flag(None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1")
@@ -31,6 +31,7 @@ class Config:
     out: str = flag("out", "the folder under which every artefact lies")
     seed: int = flag(0, "seeds the split, the adapters' start, the order of batches and all sampling")
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of the frozen base model; adapters are float32")
+    eval_dialogues: int = flag(0, "held-out dialogues to use, the first of their split; 0 takes all")
     max_length: int = flag(2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges")
     max_tokens: int = flag(1024, "tree nodes in one forward pass; less needs less memory and changes no result")
 
@@ -40,7 +41,27 @@ class Config:
 
 
 @dataclass
-class TrainConfig(Config):
+class SampleConfig(Config):
+    """Flags of the scripts that let a model answer. The defaults are the paper's, but for the length, which it leaves open."""
+
+    temperature: float = flag(0.7, "of sampling; 0 takes the most likely")
+    top_p: float = flag(0.95, "of sampling: only the likeliest tokens, or strategies, that hold this mass")
+    max_new_tokens: int = flag(128, "the longest reply")
+
+
+@dataclass
+class TaskConfig(Config):
+    """Flags of the scripts that work on one module."""
+
+    task: Literal["sp", "rg", "vanilla"] = field(kw_only=True, metadata={"help": "planner, generator, or both in one model"})
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.task
+
+
+@dataclass
+class TrainConfig(TaskConfig):
     """Flags of both training scripts."""
 
     batch_size: int = flag(32, "examples (SFT) or pairs (DPO) in a step; whole dialogues, as near to it as they come, with --share dialogue")
@@ -52,7 +73,6 @@ class TrainConfig(Config):
     weight_decay: float = flag(0.0, "AdamW's, on the adapters")
     max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it")
     eval_every: int = flag(50, "steps between scores on validation dialogues")
-    eval_dialogues: int = flag(0, "validation dialogues to score; 0 takes all")
     keep: Literal["best", "last"] = flag("best", "the adapter that later steps find; the other one lies in a folder beside it")
     show_example: bool = flag(False, "print the first example, what carries loss between » and «, and stop")
 
@@ -63,8 +83,23 @@ def parse(kind):
     return kind(**vars(parser.parse_args()))
 
 
+def find_adapter(folder: Path, otherwise: str) -> Path | None:
+    """`folder` where an adapter lies there; else None, saying what happens then and how to come by one."""
+    if (folder / CONFIG).exists():
+        print(f"uses the adapter {folder}")
+        return folder
+    print(f"finds no adapter in {folder}: {otherwise}")
+    return None
+
+
 def save_config(config, folder: Path) -> None:
     write_json(folder / "config.json", {"desc": __version__, "torch": torch.__version__, **asdict(config)})
+
+
+def save_artefact(model, config, folder: Path) -> None:
+    """The model's adapters as one, with the configuration that made it."""
+    save_adapter(model, folder)
+    save_config(config, folder)
 
 
 def run(main) -> None:

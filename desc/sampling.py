@@ -5,7 +5,7 @@ import zlib
 import torch
 from transformers import GenerationConfig
 
-from desc.encoding import Item, encode, encode_prompt
+from desc.encoding import encode
 from desc.esconv import Dialogue
 from desc.modeling import sequence_logps
 from desc.prompts import build_messages
@@ -50,36 +50,46 @@ def temper(logps: torch.Tensor, temperature: float, top_p: float) -> torch.Tenso
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
 
 
-def sample_strategies(logps: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> list[int]:
-    """One index into the strategies a row of `logps` (T, K)."""
-    return torch.multinomial(temper(logps, temperature, top_p), 1, generator=generator)[:, 0].tolist()
+def plan_dialogue(model, tokenizer, config, task: str, dialogue: Dialogue, strategies: Strategies) -> tuple[torch.Tensor, list[str]]:
+    """The exact distribution (T, K) at every supporter turn, as logarithms, and one strategy drawn from each of its rows.
+
+    `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw together with the dialogue's id."""
+    logps = score_strategies(model, tokenizer, task, dialogue, strategies, config.max_length, config.max_tokens)
+    probabilities = temper(logps, config.temperature, config.top_p)
+    drawn = torch.multinomial(probabilities, 1, generator=seeded(config.seed, "plan", dialogue.id))[:, 0]
+    return logps, [strategies.names[i] for i in drawn.tolist()]
 
 
-def encode_turns(tokenizer, task: str, dialogue: Dialogue, planned: list[str], strategies: Strategies, max_length: int, room: int):
-    """Prompt ids of every turn, the history cut so that `room` tokens are left for the reply.
+def write_dialogue(
+    model, tokenizer, config, task: str, dialogue: Dialogue, planned: list[str | None], strategies: Strategies
+) -> list[str]:
+    """What the module of `task` writes at every supporter turn, on the human history; one sampled text a turn.
 
-    `planned` goes into rg's system message, and for vanilla stands as the tag "[strategy]" with which the reply begins; an empty
-    string leaves vanilla's and sp's answer wholly to the model."""
+    `planned` goes into rg's system message, and opens vanilla's answer as the tag "[strategy]", which is not repeated in what is
+    returned; None leaves the whole answer to vanilla or sp (free decoding). The history is cut to leave room for max_new_tokens."""
     prompts = []
     for turn, strategy in enumerate(planned):
         messages = build_messages(task, dialogue, turn, strategy, strategies)
-        begun = f"[{strategy}]" if task == "vanilla" and strategy else ""
-        item: Item = encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, [begun], max_length - room, end=False)
+        tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
+        room = config.max_length - config.max_new_tokens
+        item = encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, [tag], room, end=False)
         prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
-    return prompts
+    return generate(model, tokenizer, prompts, config, seeded(config.seed, "write", dialogue.id).initial_seed())
 
 
 @torch.no_grad()
-def generate(
-    model, tokenizer, prompts: list[list[int]], generator: torch.Generator, temperature: float, top_p: float, max_new_tokens: int
-) -> list[str]:
+def generate(model, tokenizer, prompts: list[list[int]], config, seed: int) -> list[str]:
     """One sampled continuation a prompt, as text without its end-of-turn token; temperature 0 is greedy. One left-padded batch."""
     pad, width = model.generation_config.pad_token_id, max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=model.generation_config.eos_token_id, pad_token_id=pad, **sampling)
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=pad,
+        **({"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}),
+    )
     with torch.random.fork_rng():
-        torch.manual_seed(generator.initial_seed())
+        torch.manual_seed(seed)
         written = model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
