@@ -8,19 +8,19 @@ model. A dialogue's turns are read as one prefix tree (desc/tree.py). Writes OUT
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from tqdm import tqdm
 
 from desc import cli, distributed
-from desc.encoding import encode, mark_loss
-from desc.esconv import load_splits
-from desc.lora import add_adapter, save_adapter
+from desc.encoding import Item, encode, mark_loss
+from desc.esconv import Dialogue, load_splits
+from desc.lora import add_adapter
 from desc.losses import sft_loss
 from desc.modeling import load, sequence_logps
-from desc.prompts import build_examples
-from desc.strategies import read_strategies
-from desc.training import fresh_log, log, make_batches, make_optimizer, make_schedule, planner_scores, take, update
+from desc.prompts import Example, build_examples
+from desc.strategies import Strategies, read_strategies
+from desc.training import finish, log, planner_scores, start, take, update, validated
 from desc.tree import pack
 
 
@@ -31,71 +31,50 @@ class SFTConfig(cli.TrainConfig):
     train_dialogues: int = cli.flag(0, "training dialogues to use, the first of the split; 0 takes all")
 
 
+@torch.no_grad()
+def validate(model, tokenizer, config: SFTConfig, items: list[Item], dialogues: list[Dialogue], strategies: Strategies) -> dict:
+    """The loss a token on validation turns; where the module plans, the exact scores of its strategies too."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for _, forest in pack(items, config.share, config.max_tokens):
+        total, tokens = total + float(sft_loss(sequence_logps(model, forest), 1)), tokens + len(forest.targets)
+    scores = {} if config.task == "rg" else planner_scores(model, tokenizer, config, dialogues, strategies)
+    return {"valid/loss": total / tokens, **scores}
+
+
 def main():
     config = cli.parse(SFTConfig)
     device = distributed.setup()
-    folder = config.folder / "sft"
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     valid = take(splits["valid"], config.eval_dialogues)
     examples = build_examples(config.task, take(splits["train"], config.train_dialogues), strategies)
-    valid_examples = build_examples(config.task, valid, strategies)
-
     model, tokenizer = load(config.model, config.torch_dtype, device)
 
-    def encode_all(batch):
+    def encode_all(batch: list[Example]) -> list[Item]:
         return [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], config.max_length) for e in batch]
 
     if config.show_example:
         return print(mark_loss(tokenizer, encode_all(examples[:1])[0].sequences[0]))
     torch.manual_seed(config.seed)
     add_adapter(model, "sft", config.rank, config.alpha, config.dropout)
-    epochs = [make_batches(examples, config.batch_size, config.share, config.seed, epoch) for epoch in range(config.epochs)]
-    steps = sum(map(len, epochs))
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    schedule = make_schedule(optimizer, steps, config.warmup)
-    metrics = fresh_log(folder)
-    best_at, last_at = (folder, folder / "last") if config.keep == "best" else (folder / "best", folder)
-    print(f"SFT of {config.task}: {config.model}, {len(examples)} turns of {config.data}, {steps} steps, into {folder}")
-
-    @torch.no_grad()
-    def validate() -> dict:
-        """Loss per token on validation turns; where the module plans, the exact scores of its strategies too."""
-        model.eval()
-        nll, tokens = 0.0, 0
-        for _, forest in pack(encode_all(valid_examples), config.share, config.max_tokens):
-            nll, tokens = nll - float(sequence_logps(model, forest).sum()), tokens + len(forest.targets)
-        scores = {} if config.task == "rg" else planner_scores(model, tokenizer, config, valid, strategies)
-        return {"valid/loss": nll / tokens, **scores}
-
-    step, best, bar = 0, float("inf"), tqdm(total=steps, desc=f"sft {config.task}", dynamic_ncols=True)
-    for epoch in epochs:
-        for batch in epoch:
-            model.train()
-            items = encode_all(batch)
-            tokens = sum(len(sequence.completion) for item in items for sequence in item.sequences)
-            total, nodes = 0.0, 0
-            for _, forest in pack(items, config.share, config.max_tokens):
-                loss = sft_loss(sequence_logps(model, forest), tokens)
-                loss.backward()
-                total, nodes = total + loss.detach(), nodes + len(forest.ids)
-            rate = schedule.get_last_lr()[0]
-            norm = update(optimizer, schedule, config.max_grad_norm, f"step {step + 1}, turns {items[0].id} … {items[-1].id}")
-            step += 1
-            bar.update()
-            cut = sum(item.turns_cut for item in items)
-            log(metrics, {"step": step, "loss": float(total), "lr": rate, "grad_norm": norm, "nodes": nodes, "turns_cut": cut}, bar)
-            if step % config.eval_every == 0 or step == steps:
-                scores = validate()
-                log(metrics, {"step": step, **scores}, bar)
-                if scores["valid/loss"] < best:
-                    best = scores["valid/loss"]
-                    save_adapter(model, best_at)
-                    cli.save_config(config, best_at)
-    bar.close()
-    save_adapter(model, last_at)
-    cli.save_config(config, last_at)
-    print(f"best validation loss {best:.4f}; the adapter that later steps use ({config.keep}) is in {folder}")
+    valid_items = encode_all(build_examples(config.task, valid, strategies))
+    run = start(model, config, examples, config.folder / "sft")
+    for batch in chain(*run.epochs):
+        model.train()
+        items = encode_all(batch)
+        tokens = sum(len(item.sequences[0].completion) for item in items)  # of the whole batch, before any backward
+        total, nodes = 0.0, 0
+        for _, forest in pack(items, config.share, config.max_tokens):
+            loss = sft_loss(sequence_logps(model, forest), tokens)
+            loss.backward()
+            total, nodes = total + loss.detach(), nodes + len(forest.ids)
+        record = {"loss": float(total), **update(run, config.max_grad_norm, f"turns {items[0].id} … {items[-1].id}")}
+        log(run, record | {"nodes": nodes, "turns_cut": sum(item.turns_cut for item in items)})
+        if run.bar.n % config.eval_every == 0 or run.bar.n == run.bar.total:
+            scores = validate(model, tokenizer, config, valid_items, valid, strategies)
+            validated(run, model, config, scores, scores["valid/loss"])
+    finish(run, model, config)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def text_scores(references: Sequence[str], replies: Sequence[str]) -> dict[str, 
     """Text overlap of replies with the gold replies, × 100, and the mean length in words.
 
     "distinct-1" … "rouge-l" are means over turns, as the paper reports them; "corpus distinct-n" is over the n-grams of all
-    replies together and "corpus bleu-n" from the summed counts, as is usual elsewhere. An empty reply scores 0, and so do none."""
+    replies together, "corpus bleu-n" from the summed counts, as is usual elsewhere. An empty reply scores 0; so do no turns."""
     turns = [(words(gold), words(reply)) for gold, reply in zip(references, replies, strict=True)] or [([], [])]
     each = [turn_scores(*turn) for turn in turns]
     scores = {name: float(np.mean([score[name] for score in each])) for name in each[0]}

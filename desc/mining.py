@@ -44,6 +44,8 @@ def read_pairs(path: Path, task: str) -> list[Pair]:
             raise DescError(f"{path}: line {number} {problem}")
         ids.add(pair.id)
         pairs.append(pair)
+    if not pairs:
+        raise DescError(f"{path}: holds no pair")
     return pairs
 
 

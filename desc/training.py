@@ -3,12 +3,15 @@
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 from desc import DescError
+from desc.cli import TrainConfig, save_artefact
 from desc.esconv import Dialogue
 from desc.files import append_line
 from desc.metrics import bias_of_confusion, expected_confusion, negative_log_likelihood, scores_of_confusion
@@ -40,11 +43,6 @@ def make_batches(things: list[Thing], batch_size: int, share: str, seed: int, ep
     return batches
 
 
-def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
-
-
 def make_schedule(optimizer, steps: int, warmup: float):
     """The rate rises linearly over the first `warmup` share of the steps, then falls to zero along half a cosine."""
     rising = max(1, round(steps * warmup))
@@ -57,33 +55,71 @@ def make_schedule(optimizer, steps: int, warmup: float):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def update(optimizer, schedule, max_norm: float, where: str) -> float:
-    """Clip, step, forget the gradients; returns their norm. Raises DescError, before stepping, where it is not finite."""
-    parameters = optimizer.param_groups[0]["params"]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-    if not math.isfinite(norm):
-        raise DescError(f"{where}: the gradient is not finite; lower --lr, or look at these examples")
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+@dataclass
+class Run:
+    """What a training loop holds besides its model."""
+
+    epochs: list[list[list]]  # epochs of batches of examples or pairs
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    bar: tqdm
+    metrics: Path  # metrics.jsonl
+    best_at: Path  # where the adapter with the best validation score is kept
+    last_at: Path  # and where the last one
+    best: float = math.inf
 
 
-def log(path: Path, record: dict, bar) -> None:
-    """One line into metrics.jsonl. The tqdm bar shows a step's loss, and validation scores stay above it."""
-    append_line(path, {"time": round(time.time(), 1), **record})
-    if "loss" in record:
-        bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-    else:
-        bar.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
-
-
-def fresh_log(folder: Path) -> Path:
-    """An empty metrics.jsonl in `folder`."""
+def start(model, config: TrainConfig, things: list[Thing], folder: Path) -> Run:
+    """Plan the batches; AdamW and its schedule for the trainable parameters; an empty metrics.jsonl in `folder`."""
+    epochs = [make_batches(things, config.batch_size, config.share, config.seed, epoch) for epoch in range(config.epochs)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    steps = sum(map(len, epochs))
+    best_at, last_at = (folder, folder / "last") if config.keep == "best" else (folder / "best", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    path.unlink(missing_ok=True)
-    return path
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    print(f"{config.model}, {len(things)} turns in {steps} steps, into {folder}")
+    bar = tqdm(total=steps, desc=f"{folder.name} {config.task}", dynamic_ncols=True)
+    return Run(epochs, optimizer, make_schedule(optimizer, steps, config.warmup), bar, folder / "metrics.jsonl", best_at, last_at)
+
+
+def validated(run: Run, model, config: TrainConfig, scores: dict, score: float) -> None:
+    """Log validation scores, and keep the adapter where `score` is the lowest so far."""
+    log(run, scores)
+    if score < run.best:
+        run.best = score
+        save_artefact(model, config, run.best_at)
+
+
+def finish(run: Run, model, config: TrainConfig) -> None:
+    run.bar.close()
+    save_artefact(model, config, run.last_at)
+    print(f"best validation score {run.best:.4f}; the adapter that later steps find ({config.keep}) is in {run.metrics.parent}")
+
+
+def update(run: Run, max_norm: float, batch: str) -> dict[str, float]:
+    """Clip, step, forget the gradients; returns the rate and the gradients' norm.
+
+    Raises DescError, before stepping, where the norm is not finite, which it is not either after a loss that is none."""
+    rate = run.schedule.get_last_lr()[0]
+    norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], max_norm))
+    if not math.isfinite(norm):
+        raise DescError(f"step {run.bar.n + 1}: the gradient of {batch} is not finite; lower --lr, or look at these turns")
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.bar.update()
+    return {"lr": rate, "grad_norm": norm}
+
+
+def log(run: Run, record: dict) -> None:
+    """One line into metrics.jsonl. The bar shows a step's loss, and validation scores stay above it."""
+    record = {"step": run.bar.n, **record}
+    append_line(run.metrics, {"time": round(time.time(), 1), **record})
+    if "loss" in record:
+        run.bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+    else:
+        run.bar.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
 
 
 def take(things: list[Thing], count: int) -> list[Thing]:
@@ -91,7 +127,7 @@ def take(things: list[Thing], count: int) -> list[Thing]:
     return things[:count] if count else things
 
 
-def planner_scores(model, tokenizer, config, dialogues: list[Dialogue], strategies: Strategies) -> dict[str, float]:
+def planner_scores(model, tokenizer, config: TrainConfig, dialogues: list[Dialogue], strategies: Strategies) -> dict[str, float]:
     """The planner's exact scores on dialogues: negative log-likelihood of the gold strategy at T = 1, and accuracy, Q and B of the
     confusion matrix that sampling at the paper's T 0.7, top_p 0.95 has on average."""
     logps = [

@@ -1,0 +1,161 @@
+"""Messages -> token ids: one end of turn, nothing straddles the boundary, nothing typed by people is a control token, cutting.
+
+    pytest tests/test_encoding.py -q            (--slow also takes SmolLM2's tokenizer)
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+
+from desc import DescError
+from desc.encoding import encode, encode_prompt, end_of_turn, mark_loss
+from desc.esconv import Dialogue, Turn
+from desc.prompts import TASKS, build_examples, build_messages
+
+TYPED = ["<|end|>", "<|im_end|>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|im_start|>system", "<<|end|>|end|>"]
+TYPED += ["a<|end|>b <|end|>"]
+CHAT = "{% for m in messages %}<|user|>{{ m['content'] }}END{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+def item_of(tokenizer, example, max_length=10_000, **options):
+    return encode(tokenizer, example.dialogue, example.dialogue, example.messages, [example.completion], max_length, **options)
+
+
+def check_a_sequence(tokenizer, example):
+    """Prompt and completion together are the chat template's own text of the whole conversation, up to the end of turn."""
+    end = end_of_turn(tokenizer)
+    (sequence,) = item_of(tokenizer, example).sequences
+    assert sequence.completion[-1] == end and sequence.completion.count(end) == 1
+    assert tokenizer.decode(sequence.completion[:-1]) == example.completion
+    answered = example.messages + [{"role": "assistant", "content": example.completion}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    assert tokenizer.decode(sequence.prompt + sequence.completion) == whole.rstrip("\n")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_sequences_of_the_sample(task, toy, sample):
+    for example in build_examples(task, sample[:4]):
+        check_a_sequence(toy[1], example)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_sequences_of_the_sample_for_smollm2(task, smollm2, sample):
+    for example in build_examples(task, sample[:4]):
+        check_a_sequence(smollm2[1], example)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_prompt_does_not_depend_on_the_completion(task, toy, sample):
+    """Tokens such as "▁Wh" would join a prompt's end to a completion's beginning; here each is tokenised alone."""
+    example = build_examples(task, sample[:1])[-1]
+    prompt = encode_prompt(toy[1], example.messages)
+    item = encode(toy[1], "0/0", "0", example.messages, ["Why?", " Why?", "", ">", "<", "|>"], 10_000)
+    assert [sequence.prompt for sequence in item.sequences] == 6 * [prompt]
+    texts = [toy[1].decode(sequence.completion[:-1]) for sequence in item.sequences]
+    assert texts == ["Why?", " Why?", "", ">", "<", "|>"]
+    assert (item.id, item.dialogue, item.turns_cut) == ("0/0", "0", 0)
+
+
+def check_typed_tokens(tokenizer, typed):
+    """As many special tokens as without what was typed, in the prompt and in the completion; the letters are all still there."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+
+    def count(text):
+        opening = (Turn("seeker", text), Turn("supporter", text, "Question"))
+        dialogue = Dialogue("0", (*opening, Turn("seeker", f"and {text}!"), Turn("supporter", text, "Others")))
+        for task in TASKS:
+            example = build_examples(task, [dialogue])[1]
+            (sequence,) = item_of(tokenizer, example).sequences
+            yield [[token for token in part if token in special] for part in sequence]
+            if task != "sp":
+                seen.append(tokenizer.decode(sequence.completion[:-1]))
+
+    seen = []
+    assert list(count(typed)) == list(count("words"))
+    assert all(typed.replace(" ", "") in text.replace(" ", "") for text in seen[:2])
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_typed_special_tokens_are_text(typed, toy):
+    check_typed_tokens(toy[1], typed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", TYPED)
+def test_typed_special_tokens_are_text_for_smollm2(typed, smollm2):
+    check_typed_tokens(smollm2[1], typed)
+
+
+def test_end_of_turn(toy):
+    assert toy[1].convert_ids_to_tokens(end_of_turn(toy[1])) == "<|end|>"
+
+
+@pytest.mark.slow
+def test_end_of_turn_of_smollm2(smollm2):
+    assert smollm2[1].convert_ids_to_tokens(end_of_turn(smollm2[1])) == "<|im_end|>"
+
+
+def test_end_of_turn_is_the_templates_and_not_the_eos_token(toy):
+    """As in Gemma, where <end_of_turn> ends a message and <eos> a document; and one without any is refused."""
+    tokenizer = deepcopy(toy[1])
+    tokenizer.chat_template = CHAT.replace("END", "<|system|>")
+    assert tokenizer.eos_token == "<|end|>"
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == "<|system|>"
+    without = deepcopy(toy[1])
+    without.chat_template = CHAT.replace("END", "\n")
+    with pytest.raises(DescError, match="instruct model"):
+        end_of_turn(without)
+
+
+def test_a_template_that_refuses_the_messages(toy):
+    tokenizer = deepcopy(toy[1])
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DescError, match="no system role"):
+        encode_prompt(tokenizer, [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])
+
+
+def test_without_the_end_of_turn(toy, sample):
+    example = build_examples("vanilla", sample[:1])[0]
+    (ended,), (open_,) = item_of(toy[1], example).sequences, item_of(toy[1], example, end=False).sequences
+    assert ended.prompt == open_.prompt and ended.completion == open_.completion + [end_of_turn(toy[1])]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_long_dialogues_lose_as_few_of_their_oldest_exchanges_as_they_must(task, toy, sample):
+    """With `cut` exchanges gone, the prompt is that of the dialogue without them; one token less room costs one exchange more."""
+    dialogue, strategy = sample[0], "Others"
+    turn = len(dialogue) - 1
+    later = [replace(dialogue, turns=dialogue.turns[2 * cut :]) for cut in range(turn + 1)]
+    prompts = [encode_prompt(toy[1], build_messages(task, d, turn - cut, strategy)) for cut, d in enumerate(later)]
+    messages, answer = build_messages(task, dialogue, turn, strategy), "All of this stays."
+    completion = toy[1](answer).input_ids + [end_of_turn(toy[1])]
+    for cut, prompt in enumerate(prompts):
+        limit = len(prompt) + len(completion)
+        item = encode(toy[1], "0/9", "0", messages, [answer], limit)
+        assert item.sequences == [(prompt, completion)] and item.turns_cut == cut
+        if cut < turn:
+            assert encode(toy[1], "0/9", "0", messages, [answer], limit - 1).turns_cut == cut + 1
+    with pytest.raises(DescError, match=f"^0/9: .*{limit - 1} tokens; raise --max-length"):
+        encode(toy[1], "0/9", "0", messages, [answer], limit - 1)
+
+
+def test_both_answers_of_a_pair_fit(toy, sample):
+    """The longer one decides what is cut, so that chosen and rejected keep the same prompt."""
+    example = build_examples("rg", sample[:1])[-1]
+    long = example.completion + 30 * " really"
+    limit = len(encode_prompt(toy[1], example.messages)) + len(toy[1](example.completion).input_ids) + 1
+    item = encode(toy[1], "0/0", "0", example.messages, [example.completion, long], limit)
+    chosen, rejected = item.sequences
+    assert item.turns_cut > 0 == item_of(toy[1], example, limit).turns_cut
+    assert chosen.prompt == rejected.prompt and len(rejected.prompt) + len(rejected.completion) <= limit
+
+
+def test_marked_loss_is_the_completion_with_its_one_end_of_turn(toy, sample):
+    for task in TASKS:
+        example = build_examples(task, sample[:1])[2]
+        text = mark_loss(toy[1], item_of(toy[1], example).sequences[0])
+        prompt, loss = text.split("»")
+        assert loss == f"{example.completion}<|end|>«"
+        assert prompt.startswith("<|system|>") and prompt.endswith("<|assistant|>") and example.messages[-1]["content"] in prompt

@@ -1,0 +1,341 @@
+"""The prefix tree: exact against one sequence at a time, drawn by hand, packed, with sliding windows, in blocks.
+
+    pytest tests/test_tree.py -q                (--slow also runs SmolLM2 on two dialogues of ESConv, with DESC_ESCONV set)
+
+Drawn by hand. Four sequences (prompt » completion)
+
+    s0  1 2 » 3 4        s1  1 2 » 5        s2  1 2 6 7 » 8 9        s3  9 » 1
+
+A sequence's last token is a target but no node, so the forest has seven nodes (n: token), in depth-first order:
+
+    0: 1 ── 1: 2 ─┬─ 2: 3
+                  └─ 3: 6 ── 4: 7 ── 5: 8
+    6: 9
+
+node    0  1  2  3  4  5  6      s0 reads 3 off node 1 and 4 off node 2; s1 reads 5 off node 1;
+ids     1  2  3  6  7  8  9      s2 reads 8 off node 4 and 9 off node 5; s3 reads 1 off node 6:
+depth   0  1  2  2  3  4  0      rows 1 2 1 4 5 6, targets 3 4 5 8 9 1, owner 0 0 1 2 2 3
+end     6  6  3  6  6  6  7
+"""
+
+import random
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from desc import DescError, attention
+from desc.encoding import Item, Sequence, encode
+from desc.esconv import load_dialogues
+from desc.lora import add_adapter
+from desc.modeling import load, sequence_logps
+from desc.prompts import build_examples
+from desc.tree import SHARING, dense_mask, grow, join, pack, plant
+
+HAND = [Sequence([1, 2], [3, 4]), Sequence([1, 2], [5]), Sequence([1, 2, 6, 7], [8, 9]), Sequence([9], [1])]
+
+
+def values(forest):
+    return {name: getattr(forest, name).tolist() for name in ("ids", "depth", "end", "rows", "targets", "owner")}
+
+
+def one_by_one(model, sequences):
+    """The oracle: each sequence in a plain forward of its own, − cross_entropy summed over its completion: (S,)."""
+    logps = []
+    for prompt, completion in sequences:
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logps.append(-F.cross_entropy(logits.float(), torch.tensor(completion), reduction="sum"))
+    return torch.stack(logps)
+
+
+def random_items(seed, dialogues=3, turns=4, vocabulary=40):
+    """Pairs as a dialogue makes them: prompts that grow, two answers each, tokens so few that branches meet by chance.
+
+    On top: a pair that occurs twice, a pair with two equal answers, and an answer that goes on where another one ends."""
+    draw = random.Random(seed)
+
+    def tokens(most):
+        return [draw.randrange(vocabulary) for _ in range(draw.randint(1, most))]
+
+    items = []
+    for d in range(dialogues):
+        prompt = [d] + tokens(5)
+        for t in range(turns):
+            chosen = tokens(4)
+            rejected = draw.choice([tokens(4), chosen, chosen + tokens(3)])
+            items.append(Item(f"{d}/{t}", str(d), [Sequence(prompt, chosen), Sequence(prompt, rejected)]))
+            prompt = prompt + chosen + tokens(5)
+    items.append(Item("again", items[1].dialogue, items[1].sequences))
+    return items
+
+
+def flat(items):
+    return [sequence for item in items for sequence in item.sequences]
+
+
+# --- drawn by hand --------------------------------------------------------------------------------------------------------------
+
+
+def test_grow():
+    forest = grow(HAND)
+    assert values(forest) == {
+        "ids": [1, 2, 3, 6, 7, 8, 9],
+        "depth": [0, 1, 2, 2, 3, 4, 0],
+        "end": [6, 6, 3, 6, 6, 6, 7],
+        "rows": [1, 2, 1, 4, 5, 6],
+        "targets": [3, 4, 5, 8, 9, 1],
+        "owner": [0, 0, 1, 2, 2, 3],
+    }
+    assert forest.size == 4
+
+
+def test_grow_does_not_depend_on_the_order_of_sequences():
+    """The tree is the same; only whose rows come first changes: s3, s2, s1, s0 read off nodes 6 | 4 5 | 1 | 1 2."""
+    forest = grow(HAND[::-1])
+    assert values(forest) == values(grow(HAND)) | {
+        "rows": [6, 4, 5, 1, 1, 2],
+        "targets": [1, 8, 9, 5, 3, 4],
+        "owner": [0, 1, 1, 2, 3, 3],
+    }
+
+
+def test_repeated_sequences_cost_no_node():
+    once, thrice = grow(HAND[:1]), grow(3 * HAND[:1])
+    assert thrice.ids.tolist() == once.ids.tolist() == [1, 2, 3]
+    assert thrice.rows.tolist() == [1, 2, 1, 2, 1, 2] and thrice.owner.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_dense_mask():
+    x, o = True, False
+    assert dense_mask(grow(HAND)).tolist() == [  # key
+        [x, o, o, o, o, o, o],  # query 0
+        [x, x, o, o, o, o, o],
+        [x, x, x, o, o, o, o],
+        [x, x, o, x, o, o, o],  # node 3 hangs on node 1, beside node 2
+        [x, x, o, x, x, o, o],
+        [x, x, o, x, x, x, o],
+        [o, o, o, o, o, o, x],  # a tree of its own
+    ]
+    assert dense_mask(grow(HAND), window=2).tolist() == [  # itself and its parent
+        [x, o, o, o, o, o, o],
+        [x, x, o, o, o, o, o],
+        [o, x, x, o, o, o, o],
+        [o, x, o, x, o, o, o],
+        [o, o, o, x, x, o, o],
+        [o, o, o, o, x, x, o],
+        [o, o, o, o, o, o, x],
+    ]
+
+
+def test_join_counts_nodes_and_sequences_on():
+    """Behind HAND's seven nodes and four sequences stand the two nodes (5, 6) and the one sequence of 5 » 6 7."""
+    forest = join([grow(HAND), grow([Sequence([5], [6, 7])])])
+    expected = {"ids": [5, 6], "depth": [0, 1], "end": [9, 9], "rows": [7, 8], "targets": [6, 7], "owner": [4, 4]}
+    assert values(forest) == {name: first + expected[name] for name, first in values(grow(HAND)).items()}
+    assert forest.size == 5
+    mask = dense_mask(forest)
+    assert torch.equal(mask[:7, :7], dense_mask(grow(HAND))) and not mask[:7, 7:].any() and not mask[7:, :7].any()
+
+
+def test_what_merges():
+    """Two items, both HAND[0] and HAND[1]: all in one tree is 3 nodes; an item each 3 + 3; nothing shared 3 + 2 + 3 + 2."""
+    items = [Item(name, "0", HAND[:2]) for name in "ab"]
+    assert [len(plant(items, share).ids) for share in SHARING] == [3, 6, 10]
+    assert [plant(items, share).owner.tolist() for share in SHARING] == 3 * [[0, 0, 1, 2, 2, 3]]
+
+
+@pytest.mark.parametrize("sequence", [Sequence([], [1, 2]), Sequence([1, 2], [])])
+def test_empty_prompt_and_empty_completion_are_refused(sequence):
+    with pytest.raises(ValueError, match="at least one token"):
+        grow([HAND[0], sequence])
+
+
+# --- exact ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(toy):
+    """The toy with an adapter that does something."""
+    model = deepcopy(toy[0])
+    add_adapter(model, "sft", rank=4, alpha=8)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def gradients(model, logps):
+    """Of a weighted sum, as every loss makes one, by the adapter's parameters."""
+    weights = torch.linspace(-1, 1, len(logps))
+    return torch.autograd.grad((weights * logps).sum(), [p for p in model.parameters() if p.requires_grad])
+
+
+def assert_same(model, items, share, max_tokens=10**9):
+    expected = one_by_one(model, flat(items))
+    ((members, forest),) = pack(items, share, max_tokens)
+    logps = sequence_logps(model, forest)
+    place = {id(item): i for i, item in enumerate(members)}
+    order = [2 * place[id(item)] + answer for item in items for answer in (0, 1)]
+    torch.testing.assert_close(logps[order], expected, atol=1e-4, rtol=1e-6)  # at -600, an fp32 step is 6e-5
+    for grad, oracle in zip(gradients(model, logps[order]), gradients(model, expected)):
+        assert oracle.abs().max() > 1e-2
+        torch.testing.assert_close(grad, oracle, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", SHARING)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_trees_equal_one_sequence_at_a_time(adapted, share, seed):
+    assert_same(adapted, random_items(seed), share)
+
+
+def test_sharing_saves_nodes_and_never_a_target():
+    """… or the tests above would compare nothing with nothing."""
+    for seed in range(3):
+        items = random_items(seed)
+        forests = {share: plant(items, share) for share in SHARING}
+        assert len(forests["dialogue"].ids) < len(forests["pair"].ids) < len(forests["none"].ids)
+        assert len(forests["none"].ids) == sum(len(p) + len(c) - 1 for p, c in flat(items))
+        assert {tuple(f.targets.tolist()) for f in forests.values()} == {tuple(t for _, c in flat(items) for t in c)}
+
+
+def test_dialogues_of_the_sample_equal_one_sequence_at_a_time(adapted, toy, sample):
+    items = []
+    for example in build_examples("vanilla", sample[:2]):
+        answers = [example.completion, "[Others] I see."]
+        items.append(encode(toy[1], f"{example.dialogue}/{example.turn}", example.dialogue, example.messages, answers, 2048))
+    assert_same(adapted, items, "dialogue")
+
+
+@pytest.mark.slow
+def test_smollm2_on_esconv_equals_one_sequence_at_a_time(smollm2, esconv_path):
+    model, tokenizer = smollm2
+    examples = build_examples("sp", sorted(load_dialogues(esconv_path), key=lambda d: len(str(d)))[:2])
+    items = [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], 2048) for e in examples]
+    with torch.no_grad():
+        forest = plant(items, "dialogue")
+        assert 2 * len(forest.ids) < len(plant(items, "none").ids)
+        torch.testing.assert_close(sequence_logps(model, forest), one_by_one(model, flat(items)), atol=1e-4, rtol=0)
+
+
+# --- packing --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", SHARING)
+@pytest.mark.parametrize("max_tokens", [1, 30, 60, 150, 10**6])
+def test_pack_cuts_within_the_budget_and_changes_no_number(toy, share, max_tokens):
+    items = random_items(3, dialogues=4)
+    longest = max(len(p) + len(c) - 1 for p, c in flat(items))
+    batches = pack(items, share, max_tokens)
+    assert all(len(forest.ids) <= max(max_tokens, 2 * longest) for _, forest in batches)
+    assert sorted(id(item) for members, _ in batches for item in members) == sorted(map(id, items))
+    if max_tokens == 10**6:
+        assert len(batches) == 1
+    with torch.no_grad():
+        expected = dict(zip(map(id, items), one_by_one(toy[0], flat(items)).view(-1, 2)))
+        for members, forest in batches:
+            assert forest.size == 2 * len(members)
+            logps = sequence_logps(toy[0], forest).view(-1, 2)
+            torch.testing.assert_close(logps, torch.stack([expected[id(item)] for item in members]), atol=1e-4, rtol=0)
+
+
+def test_pack_makes_no_more_batches_than_it_must():
+    """Ten items of 3 nodes each under 9 tokens: three fit, so four batches; sharing merges the ten into one tree of 3 nodes."""
+    items = [Item(str(i), str(i), HAND[:2]) for i in range(10)]
+    assert [len(members) for members, _ in pack(items, "pair", 9)] == [3, 3, 3, 1]
+    together = [Item(str(i), "0", HAND[:2]) for i in range(10)]
+    ((members, forest),) = pack(together, "dialogue", 9)
+    assert len(members) == 10 and len(forest.ids) == 3
+
+
+# --- other architectures, sliding windows ---------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SMALL |= {"initializer_range": 0.5}  # large enough for attention to be choosy
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+KINDS = {
+    "qwen2": {},
+    "qwen2 with windows": {"use_sliding_window": True, "sliding_window": 4, "layer_types": ALTERNATING},
+    "qwen3": {},
+    "mistral": {"sliding_window": None},
+    "mistral with a window": {"sliding_window": 4},
+    "phi3 with a window": {"sliding_window": 4},
+    "gemma3_text with windows": {"sliding_window": 4, "layer_types": ALTERNATING},
+}
+ODD = {  # attention with more to it than a mask: caps on the scores, sinks
+    "gemma2": {"layer_types": 3 * ["full_attention"], "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "gpt_oss": {"layer_types": 3 * ["full_attention"], "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+def configure(kind, **changes):
+    return AutoConfig.for_model(kind.split()[0], **SMALL | (KINDS | ODD)[kind] | changes)
+
+
+def build(config):
+    """The stock model in eager attention, random weights, fp32."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS | ODD)
+@torch.no_grad()
+def test_architectures_equal_the_stock_model(kind, toy, tmp_path):
+    """Loaded as a user's folder is. A model that is odd may be refused instead, with a DescError, but never run wrong."""
+    stock = build(configure(kind))
+    stock.save_pretrained(tmp_path)
+    toy[1].save_pretrained(tmp_path)
+    sequences = flat(random_items(0, vocabulary=50))
+    try:
+        logps = sequence_logps(load(str(tmp_path), torch.float32)[0], grow(sequences))
+    except DescError:
+        assert kind in ODD
+        return
+    torch.testing.assert_close(logps, one_by_one(stock, sequences), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "window" in kind])
+@torch.no_grad()
+def test_the_windows_of_these_models_matter(kind):
+    """… or the test above would pass with the window left out."""
+    sequences = flat(random_items(0, vocabulary=50))
+    narrow, wide = (one_by_one(build(configure(kind, sliding_window=window)), sequences) for window in (4, 1000))
+    assert (narrow - wide).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["mamba", "llama4_text", "qwen3_next"])
+def test_layers_that_a_tree_cannot_run_are_refused(kind, toy, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    toy[1].save_pretrained(tmp_path)
+    with pytest.raises(DescError, match="cannot run on a prefix tree"):
+        load(str(tmp_path))
+
+
+# --- attention in blocks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 256])
+def test_block_attention_equals_sdpa(block, monkeypatch):
+    """Outputs and gradients of the hand-drawn forest and a random one, four query heads on two key heads."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    for forest in (grow(HAND), grow(flat(random_items(0)))):
+        mask = dense_mask(forest)[None, None]
+        nodes = mask.shape[-1]
+        torch.manual_seed(0)
+        query, key, value = (torch.randn(1, heads, nodes, 8, requires_grad=True) for heads in (4, 2, 2))
+        output, _ = attention.block_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+        pairs = [x.repeat_interleave(2, dim=1) for x in (key, value)]
+        expected = F.scaled_dot_product_attention(query, *pairs, attn_mask=mask, scale=0.3).transpose(1, 2)
+        assert output.shape == expected.shape == (1, nodes, 4, 8)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+        direction = torch.randn_like(output)
+        ours, theirs = (torch.autograd.grad((y * direction).sum(), (query, key, value)) for y in (output, expected))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 3)
+    assert_same(adapted, random_items(1), "dialogue")
