@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from desc import DescError
+
 NAME = "desc_blocks"
 BLOCK = 256
 
@@ -18,6 +20,8 @@ def block_attention(module, query, key, value, attention_mask, scaling, **kwargs
     """Transformers' attention interface: query (B, H, N, D), key and value (B, G, L, D) -> (B, N, H, D), None.
 
     A forest (B = 1, N = L, bool mask (1, 1, N, N)) goes block by block; anything else, as generation with its cache, through SDPA."""
+    if odd := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        raise DescError(f"this model's attention has {', '.join(odd)}, which is not computed here")
     if attention_mask is None or query.shape[0] > 1 or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     (_, heads, nodes, width), groups = query.shape, key.shape[1]

@@ -75,10 +75,12 @@ def _records(path: Path) -> list:
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not text.lstrip().startswith("{") or len(lines) < 2 or not lines[0][1].rstrip().endswith("}"):
             raise DescError(f"{path}: is not JSON, or is cut off (line {error.lineno}: {error.msg})") from None
         return [_json_line(line, f"{path}: line {number}") for number, line in lines]
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise DescError(f"{path}: is not JSON that can be read ({error})") from None
     if isinstance(whole, dict):
         whole = whole.get("dialogues", [whole])
     if not isinstance(whole, list):
@@ -89,8 +91,8 @@ def _records(path: Path) -> list:
 def _json_line(line: str, where: str):
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DescError(f"{where}: is not JSON, or is cut off ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise DescError(f"{where}: is not JSON, or is cut off ({error})") from None
 
 
 def _kind(value) -> str:
@@ -105,6 +107,8 @@ def _field(record, name: str, kind: type, where: str):
         raise DescError(f"{where}: field {name!r} is missing (it has {', '.join(map(repr, record)) or 'none'})")
     if not isinstance(record[name], kind):
         raise DescError(f"{where}: field {name!r} should be {_kind(kind())}, not {_kind(record[name])}")
+    if kind is str and any("\ud800" <= c <= "\udfff" for c in record[name]):
+        raise DescError(f"{where}: field {name!r} holds half a surrogate pair, which is no Unicode text")
     return record[name]
 
 

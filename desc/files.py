@@ -37,7 +37,8 @@ def append_line(path: Path, record: dict) -> None:
 def read_lines(path: Path) -> list[dict]:
     """JSON lines; DescError naming the line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        lines = text.split("\n") if text else []  # not splitlines(): JSON may hold U+2028 and U+0085 as they are
     except (OSError, UnicodeDecodeError) as error:
         raise DescError(f"{path}: cannot be read ({error})") from None
     records = []

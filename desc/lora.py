@@ -6,6 +6,7 @@ fresh adapter changes nothing, to the bit.
 
 import json
 import math
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Settings of PEFT's that would change the arithmetic above; an adapter that uses one is refused.
 PLAIN = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False}
 PLAIN |= {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+# Newer or rarer ones, refused too, but not written.
+BEYOND = dict.fromkeys(["layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters", "use_qalora"])
 
 
 class Adapter(nn.Module):
@@ -72,7 +75,7 @@ def _attach(model, module_name: str, name: str, rank: int, alpha: float, dropout
         model.set_submodule(module_name, layer)
     if name in layer.adapters:
         raise ValueError(f"there is an adapter {name!r} already")
-    layer.adapters[name] = Adapter(layer, rank, alpha, dropout)
+    layer.adapters[name] = Adapter(layer, rank, alpha, dropout).train(model.training)
     return layer.adapters[name]
 
 
@@ -113,30 +116,32 @@ def merge_adapters(model) -> None:
         model.set_submodule(name, plain)
 
 
-def stack_adapters(layer: LoRALinear) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """All adapters of a layer as one: (A (Σr, in), B (out, Σr), alpha). Exact, for B₁A₁ + B₂A₂ = [B₁ B₂] [A₁; A₂]."""
-    adapters = list(layer.adapters.values())
-    if len(adapters) == 1:
-        return adapters[0].A, adapters[0].B, adapters[0].alpha
-    A = torch.cat([adapter.A for adapter in adapters])
-    B = torch.cat([adapter.scale * adapter.B for adapter in adapters], dim=1)
-    return A, B, len(A)  # alpha = rank: the scales are in B
+def stack_adapters(layer: LoRALinear, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All adapters of a layer as one with alpha = rank: A (rank, in), B (out, rank), B₁A₁ + B₂A₂ = [B₁ B₂ 0] [A₁; A₂; 0]."""
+    A = torch.cat([adapter.A for adapter in layer.adapters.values()])
+    B = torch.cat([adapter.scale * adapter.B for adapter in layer.adapters.values()], dim=1)
+    spare = rank - len(A)  # where an adapter is not on every layer
+    return F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
 
 
 def save_adapter(model, folder: str | Path) -> None:
     """Write all adapters, stacked into one, as PEFT's adapter_model.safetensors and adapter_config.json (vLLM reads them too)."""
     tensors = {}
-    for name, layer in lora_layers(model).items():
-        A, B, alpha = stack_adapters(layer)
+    layers = lora_layers(model)
+    rank = max(sum(len(adapter.A) for adapter in layer.adapters.values()) for layer in layers.values())
+    shapes = {(len(layer.adapters), len(a.A), a.alpha) for layer in layers.values() for a in layer.adapters.values()}
+    alone, _, alpha = shapes.pop() if len(shapes) == 1 else (0, 0, 0)  # one adapter alone is written as it is
+    for name, layer in layers.items():
+        (only, *_) = layer.adapters.values()
+        A, B = (only.A, only.B) if alone == 1 else stack_adapters(layer, rank)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B.detach().cpu().contiguous()
-        rank = len(A)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": alpha if alone == 1 else rank,
         "lora_dropout": 0.0,
         "target_modules": sorted({name.rpartition(".")[2] for name in lora_layers(model)}),
         "inference_mode": True,
@@ -144,6 +149,13 @@ def save_adapter(model, folder: str | Path) -> None:
     }
     write_bytes(Path(folder) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_json(Path(folder) / CONFIG, config)
+
+
+def _targeted(name: str, targets: list[str] | str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) -> None:
@@ -157,7 +169,15 @@ def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) 
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise DescError(f"{folder}: holds no readable LoRA adapter ({error})") from None
-    if odd := [key for key, plain in PLAIN.items() if (config.get(key) or plain or None) != (plain or None)]:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else "no object"
+        raise DescError(f"{folder}: {CONFIG} describes no LoRA adapter ({kind})")
+    kinds = {"r": int, "lora_alpha": (int, float), "target_modules": (list, str)}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]:
+        raise DescError(f"{folder}: {CONFIG} has no valid {', '.join(map(repr, wrong))}")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva", None):
+        raise DescError(f"{folder}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base's weights too")
+    if odd := [key for key, plain in (PLAIN | BEYOND).items() if (config.get(key) or plain or None) != (plain or None)]:
         raise DescError(f"{folder}: uses {', '.join(odd)}, which desc's plain LoRA does not compute")
     modules = dict(model.named_modules())
     halves = {}
@@ -171,12 +191,15 @@ def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) 
         shapes = {"A": (config["r"], layer.in_features), "B": (layer.out_features, config["r"])}
         if {key: tuple(tensor.shape) for key, tensor in half.items()} != shapes:
             raise DescError(f"{folder}: {module_name} has other shapes than this model's {shapes}; is it for another model?")
-    if missing := set(config["target_modules"]) - {module_name.rpartition(".")[2] for module_name in halves}:
+    wanted = {n for n, m in modules.items() if isinstance(m, nn.Linear) and _targeted(n, config["target_modules"])}
+    some = config.get("layers_to_transform") is not None or config.get("exclude_modules")  # PEFT was told to leave layers out
+    if missing := ["any layer"] if not halves else [] if some else wanted - halves.keys():
         raise DescError(f"{folder}: has no weights for {', '.join(sorted(missing))}")
     if not lora_layers(model):
         model.requires_grad_(False)
+    dropout = config.get("lora_dropout", 0.0) if trainable else 0.0
     for module_name, half in halves.items():
-        adapter = _attach(model, module_name, name, config["r"], config["lora_alpha"], config["lora_dropout"] if trainable else 0.0)
+        adapter = _attach(model, module_name, name, config["r"], config["lora_alpha"], dropout)
         with torch.no_grad():
             adapter.A.copy_(half["A"])
             adapter.B.copy_(half["B"])

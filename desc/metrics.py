@@ -34,21 +34,24 @@ def bias_of_confusion(counts: np.ndarray, sweeps: int = 20) -> PreferenceBias:
 
         p_i ← Σ_{j≠i} w_ij p_j / (p_i + p_j)  ÷  Σ_{j≠i} w_ji / (p_i + p_j)
 
-    and divides by the geometric mean of the positive entries. A strategy that is never missed (no gold turn of it was given another
-    name) has a zero denominator and an unbounded strength: it keeps its p. One that is never predicted wrongly gets p = 0."""
+    and divides by the geometric mean of the positive entries. The formula leaves three cases open. A strategy in no error at all is
+    neither preferred nor avoided: p = 1, apart from the others. One that no error missed has a zero denominator and an unbounded
+    strength: its p stays what it is before each sweep scales. One that is never predicted wrongly gets p = 0."""
     w = counts * (1 - np.eye(len(counts)))
-    p = np.ones(len(w))
+    erring = w.sum(0) + w.sum(1) > 0
+    w, p = w[np.ix_(erring, erring)], np.ones(erring.sum())
     for _ in range(sweeps):
         for i in range(len(p)):
             pair = p[i] + p
-            pair[pair == 0] = 1  # both strengths are zero, and so is every term
+            pair[pair == 0] = 1  # two strengths of zero: i wins nothing, so its p stays zero whatever it lost
             wins, losses = (w[i] * p / pair).sum(), (w[:, i] / pair).sum()
             if losses > 0:
                 p[i] = wins / losses
         if (p > 0).any():
             p /= np.exp(np.log(p[p > 0]).mean())
-    p *= len(p) / p.sum() if p.sum() > 0 else 1
-    return PreferenceBias(float(p.std()), p)
+    preferences = np.ones(len(counts))
+    preferences[erring] = p * (len(p) / p.sum() if p.sum() > 0 else 1)
+    return PreferenceBias(float(preferences.std()), preferences)
 
 
 @dataclass(frozen=True)

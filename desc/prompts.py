@@ -44,7 +44,8 @@ def build_messages(task: str, dialogue: Dialogue, turn: int, strategy: str | Non
     """What the module of `task` reads before supporter turn `turn`, with the human history. `strategy` is for rg alone."""
     history = dialogue.turns[: 2 * turn + 1]
     if task == "sp":
-        flat = "".join(f"{now.speaker}: {now.text}\n" for now in history)
+        # A line that looks like a turn's beginning is broken by a blank, so that drop_oldest finds turns alone.
+        flat = "".join(f"{now.speaker}: {now.text}".replace("\nseeker: ", "\nseeker : ") + "\n" for now in history)
         return [_message("system", PLANNER.format(names=", ".join(strategies))), _message("user", flat)]
     if task == "rg":
         system = RESPONDER.format(names=", ".join(strategies), strategy=strategy)
@@ -79,5 +80,6 @@ def drop_oldest(messages: Messages) -> Messages | None:
     if len(messages) > 2:
         return messages[:1] + messages[3:]
     system, user = messages
-    second = user["content"].find("\nseeker: ")
-    return None if second < 0 else [system, _message("user", user["content"][second + 1 :])]
+    flat = user["content"]
+    second = flat.find("\nseeker: ") if flat.endswith("\n") else -1  # only sp's flattened history ends in a line break
+    return None if second < 0 else [system, _message("user", flat[second + 1 :])]

@@ -10,8 +10,9 @@ By hand. A layer of two inputs and two outputs with one adapter of rank 2, alpha
     W x = [3 7],   A x = [0 2],   B A x = [0 2],   y = W x + 0.5 B A x = [3 8]
     B A = [1 -1; 2 0],   W + 0.5 B A = [1.5 1.5; 4 4],   which takes x to [3 8] as well
 
-Merged once. bf16 has 8 significant bits, so above 1 its numbers lie 2^-7 apart. With a weight of 1 and two adapters that add
-0.75 · 2^-8 each, the sum 1 + 1.5 · 2^-8 rounds to 1 + 2^-7; rounded after each adapter it would still be 1.
+Rounded once. bf16 has 8 significant bits: above 1 its numbers lie 2^-7 apart, and 1 + 2^-8, half-way, rounds to the even 1. A
+weight of 1 and adapters that add 0.75 · 2^-8 and (0.25 + 2^-10) · 2^-8, together a little more than half-way, make 1 + 2^-7. It
+would stay 1 if it were rounded after each adapter, and also if their sum were rounded to bf16, to 2^-8, before it is added.
 """
 
 import json
@@ -99,9 +100,9 @@ def test_two_by_two_merged():
 def test_merging_rounds_once():
     model = nn.ModuleDict({"q_proj": nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)})
     model["q_proj"].weight.data.fill_(1)
-    for name in ("sft", "dpo"):
+    for name, a in {"sft": 0.75, "dpo": 0.25 + 2**-10}.items():
         add_adapter(model, name, rank=1, alpha=1, targets=("q_proj",))
-        model["q_proj"].adapters[name].A.data.fill_(0.75)
+        model["q_proj"].adapters[name].A.data.fill_(a)
         model["q_proj"].adapters[name].B.data.fill_(2**-8)
     merge_adapters(model)
     assert model["q_proj"].weight.dtype == torch.bfloat16 and model["q_proj"].weight.item() == 1 + 2**-7

@@ -1,0 +1,72 @@
+"""pytest tests/test_sampling.py"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from desc.encoding import encode, encode_prompt
+from desc.prompts import build_messages
+from desc.sampling import generate, plan_dialogue, score_strategies, temper, write_dialogue
+from desc.strategies import ESCONV
+
+CONFIG = SimpleNamespace(seed=0, temperature=0.7, top_p=0.95, max_new_tokens=6, max_length=2048, max_tokens=1024)
+
+
+def test_temper_by_hand():
+    """p = (0.5, 0.3, 0.2). T = 1/2 squares: 0.25, 0.09, 0.04 over 0.38. top_p 0.6 keeps 0.5 and 0.3, over 0.8. top_p 0.5 keeps the first:
+    mass before it is 0, before the second 0.5, which is not below 0.5. T = 0 is greedy."""
+    logps = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    torch.testing.assert_close(temper(logps, 0.5, 1.0), torch.tensor([[0.04, 0.25, 0.09]]) / 0.38)
+    torch.testing.assert_close(temper(logps, 1.0, 0.6), torch.tensor([[0.0, 0.625, 0.375]]))
+    torch.testing.assert_close(temper(logps, 1.0, 0.5), torch.tensor([[0.0, 1.0, 0.0]]))
+    torch.testing.assert_close(temper(logps, 0.0, 1.0), torch.tensor([[0.0, 1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("task", ["sp", "vanilla"])
+def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
+    model, tokenizer = toy
+    dialogue = sample[0]
+    scored = score_strategies(model, tokenizer, task, dialogue, max_tokens=700)
+    turn = len(dialogue) - 1
+    texts = [name if task == "sp" else f"[{name}]" for name in ESCONV]
+    item = encode(tokenizer, "", "", build_messages(task, dialogue, turn), texts, 2048, end=task == "sp")
+    alone = []
+    with torch.no_grad():
+        for prompt, completion in item.sequences:
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            alone.append(-F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+    torch.testing.assert_close(scored[turn], torch.stack(alone).log_softmax(0), atol=1e-4, rtol=0)
+    assert (tokenizer.eos_token_id == item.sequences[0].completion[-1]) is (task == "sp")
+
+
+def test_generation_in_a_padded_batch_is_that_of_each_prompt_alone(toy, sample):
+    model, tokenizer = toy
+    greedy = SimpleNamespace(**{**vars(CONFIG), "temperature": 0})
+    begun = tokenizer("Well then", add_special_tokens=False).input_ids  # an untrained model that goes on from a special token echoes it
+    prompts = [encode_prompt(tokenizer, build_messages("rg", sample[0], turn, "Question")) + begun for turn in range(4)]
+    together = generate(model, tokenizer, prompts, greedy, seed=0)
+    for prompt, text in zip(prompts, together):
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(CONFIG.max_new_tokens):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == tokenizer.eos_token_id:
+                    break
+        assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+    assert all(together)
+
+
+def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
+    """So a resumed mining run draws what an uninterrupted one would have drawn."""
+    model, tokenizer = toy
+    planned = plan_dialogue(model, tokenizer, CONFIG, "vanilla", sample[0], ESCONV)[1]
+    first = write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], ["Question"] * len(sample[0]), ESCONV)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    assert plan_dialogue(model, tokenizer, CONFIG, "vanilla", sample[0], ESCONV)[1] == planned
+    assert write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], ["Question"] * len(sample[0]), ESCONV) == first
+    assert torch.equal(torch.get_rng_state(), state)  # and the global generator is left alone
+    other = SimpleNamespace(**{**vars(CONFIG), "seed": 1})
+    assert write_dialogue(model, tokenizer, other, "rg", sample[0], ["Question"] * len(sample[0]), ESCONV) != first

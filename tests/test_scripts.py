@@ -1,0 +1,145 @@
+"""pytest tests/test_scripts.py
+
+The four scripts as a user runs them, one after another, on the toy model and the sample dialogues."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(script, *flags, cwd=ROOT, fails=False):
+    """The script's standard output, or, where it should fail, its standard error."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, cwd=cwd)
+    assert bool(done.returncode) is fails, done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """SFT, mining and DPO of both modules, in a folder."""
+    out = tmp_path_factory.mktemp("out")
+    common = ("--model", "toy", "--out", out, "--eval-dialogues", 1)
+    for task in ("sp", "rg"):
+        run("train_sft.py", "--task", task, *common, "--train-dialogues", 4, "--lr", 3e-3, "--epochs", 1)
+        run("mine_preferences.py", "--task", task, *common, "--train-dialogues", 3, "--max-new-tokens", 6)
+        run("train_dpo.py", "--task", task, *common, "--lr", 3e-3, "--batch-size", 8, "--eval-every", 2)
+    return out
+
+
+@pytest.mark.parametrize("task", ["sp", "rg"])
+def test_dpo_starts_at_ln_2_and_learns_its_pairs(out, task):
+    steps = lines(out / task / "dpo" / "metrics.jsonl")
+    assert steps[0]["step"] == 0 and steps[0]["valid/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert steps[1]["loss"] == pytest.approx(0.693147, abs=1e-6) and steps[1]["rewards/margins"] == 0
+    assert steps[-1]["valid/loss"] < 0.69 and steps[-1]["valid/rewards/accuracies"] > 0.5
+    assert ("valid/nll" in steps[-1]) is (task == "sp")
+    best = min(step["valid/nll" if task == "sp" else "valid/loss"] for step in steps if "valid/loss" in step)
+    assert best < steps[0]["valid/nll" if task == "sp" else "valid/loss"]
+
+
+@pytest.mark.parametrize("task", ["sp", "rg"])
+def test_artefacts_hold_what_made_them(out, task):
+    for stage, rank in (("sft", 16), ("dpo", 32), ("dpo/last", 32)):
+        config = json.loads((out / task / stage / "config.json").read_text())
+        assert config["task"] == task and config["model"] == "toy"
+        assert json.loads((out / task / stage / "adapter_config.json").read_text())["r"] == rank
+    assert not list(out.rglob("*.tmp")) and not (out / task / "mining.jsonl").exists()
+    for pair in lines(out / task / "pairs.jsonl"):
+        assert pair["chosen"] != pair["rejected"] and pair["id"] == f"{task}/{pair['dialogue']}/{pair['turn']}"
+
+
+def test_evaluation_prints_a_table_and_keeps_every_answer(out):
+    said = run("evaluate.py", "--model", "toy", "--out", out, "--max-new-tokens", 6, "--eval-dialogues", 2, "--show", 1)
+    assert all(name in said for name in ("training frequencies", "decoupled sft", "decoupled dpo", "\nhuman "))
+    records = lines(out / "eval" / "decoupled.dpo.jsonl")
+    assert len(records) == 2
+    for record in records:
+        turns = len(record["gold"])
+        assert [len(record[key]) for key in ("predicted", "logps", "human", "replies")] == [turns] * 4
+    scores = json.loads((out / "eval" / "decoupled.json").read_text())["decoupled sft"]
+    right = sum(g == p for r in lines(out / "eval" / "decoupled.sft.jsonl") for g, p in zip(r["gold"], r["predicted"]))
+    assert scores["accuracy"] == pytest.approx(100 * right / scores["turns"])
+    assert scores["Q interval"][0] <= scores["Q"] <= scores["Q interval"][1]
+
+
+def test_free_decoding_reports_what_could_not_be_parsed(out):
+    flags = ("--decode", "free", "--stages", "sft", "--reply-dialogues", -1)
+    run("evaluate.py", "--model", "toy", "--out", out, "--max-new-tokens", 6, "--eval-dialogues", 1, *flags)
+    (record,) = lines(out / "eval" / "decoupled.sft.jsonl")
+    scores = json.loads((out / "eval" / "decoupled.json").read_text())["decoupled sft"]
+    assert scores["invalid"] == pytest.approx(100 * record["predicted"].count(None) / len(record["predicted"])) and scores["invalid"] > 0
+
+
+def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
+    flags = ("--task", "sp", "--model", "toy", "--train-dialogues", 3, "--eval-dialogues", 1)
+    whole = (out / "sp" / "pairs.jsonl").read_bytes()
+    (tmp_path / "sp").mkdir()
+    os.symlink(out / "sp" / "sft", tmp_path / "sp" / "sft")
+    command = [sys.executable, ROOT / "mine_preferences.py", *map(str, flags), "--max-new-tokens", "6", "--out", str(tmp_path)]
+    killed, journal = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), tmp_path / "sp" / "mining.jsonl"
+    while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    with open(journal, "ab") as file:
+        file.write(b'{"split": "train", "dialo')  # a line that the kill cut off
+    said = run("mine_preferences.py", *flags, "--max-new-tokens", 7, "--out", tmp_path, fails=True)
+    assert "was begun with another max_new_tokens" in said
+    subprocess.run(command, check=True, capture_output=True)
+    mined = lines(tmp_path / "sp" / "pairs.jsonl")
+    assert mined == [json.loads(line) for line in whole.splitlines()]
+
+
+def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
+    said = run("train_dpo.py", "--task", "sp", "--model", "toy", "--out", tmp_path, "--eval-dialogues", 1, cwd=tmp_path)
+    for part in ("finds no pairs", "mine_preferences.py --task sp", "finds no adapter", "train_sft.py --task sp"):
+        assert part in said
+    assert (tmp_path / "sp" / "dpo" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("train_sft.py", ("--task", "sp", "--data", "nowhere.json"), "nowhere.json: cannot be read"),
+        ("train_sft.py", ("--task", "sp", "--model", "no/such-folder/here"), "--model no/such-folder/here: cannot be loaded"),
+        ("train_sft.py", ("--task", "sp", "--model", "toy", "--out", "/proc/nowhere"), "/proc/nowhere"),
+        ("train_dpo.py", ("--task", "sp", "--pairs", "nowhere"), "nowhere/pairs.jsonl: cannot be read"),
+        ("evaluate.py", ("--model", "toy", "--out", "nowhere"), "no stage to evaluate in nowhere"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_line(script, flags, says):
+    said = run(script, *flags, fails=True)
+    assert says in said and "Traceback" not in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_an_unknown_flag_is_an_error():
+    assert "unrecognized arguments: --learning-rate" in run("train_sft.py", "--task", "sp", "--learning-rate", "1", fails=True)
+
+
+def test_show_example_marks_the_completion():
+    said = run("train_dpo.py", "--task", "rg", "--model", "toy", "--show-example")
+    chosen, rejected = re.findall("»(.*?)«", said, re.S)
+    assert chosen != rejected and all(text.endswith("<|end|>") and text.count("<|") == 1 for text in (chosen, rejected))
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_dpo", "mine_preferences", "evaluate"])
+def test_every_flag_is_read(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = __import__(script)
+    config = next(kind for name, kind in vars(module).items() if name.endswith("Config") and kind.__module__ == script)
+    code = "".join(path.read_text() for path in [ROOT / f"{script}.py", *(ROOT / "desc").glob("*.py")])
+    assert not [f.name for f in fields(config) if not re.search(rf"config\.{f.name}\b|self\.{f.name}\b", code)]

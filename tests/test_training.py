@@ -1,0 +1,93 @@
+"""pytest tests/test_training.py"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from desc import DescError
+from desc.encoding import encode
+from desc.lora import add_adapter, lora_layers
+from desc.losses import dpo_loss, sft_loss
+from desc.modeling import load, sequence_logps
+from desc.prompts import build_examples
+from desc.training import make_batches, make_schedule, update
+from desc.tree import SHARING, pack
+
+
+def test_batches_are_whole_dialogues_when_sharing_by_dialogue():
+    """Groups of 5 with a batch size of 12: after two (10) a third would make 15, which is further from 12. Every example comes once."""
+    things = [SimpleNamespace(dialogue=str(i // 5), turn=i % 5) for i in range(35)]
+    batches = make_batches(things, 12, "dialogue", seed=0, epoch=0)
+    assert [len(batch) for batch in batches] == [10, 10, 10, 5]
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, things))
+    assert all(len({t.dialogue for t in batch}) * 5 == len(batch) for batch in batches)
+    assert make_batches(things, 12, "dialogue", 0, 1) != batches == make_batches(things, 12, "dialogue", 0, 0)
+    assert [len(batch) for batch in make_batches(things, 2, "dialogue", 0, 0)] == [5] * 7
+
+
+def test_batches_are_exact_otherwise():
+    things = [SimpleNamespace(dialogue=str(i // 5)) for i in range(35)]
+    batches = make_batches(things, 12, "pair", seed=0, epoch=0)
+    assert [len(batch) for batch in batches] == [12, 12, 11]
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, things)) and sum(batches, []) != things
+
+
+def test_schedule_by_hand():
+    """10 steps, warm-up 0.2: rising over 2 steps (1/2, 1), then ½(1 + cos(π i / 8)) for i = 0 … 7."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, rates = make_schedule(optimizer, 10, 0.2), []
+    for _ in range(10):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=1.0)
+    weight.grad = torch.tensor([1.0, float("nan")])
+    run = SimpleNamespace(optimizer=optimizer, schedule=make_schedule(optimizer, 1, 0), bar=SimpleNamespace(n=4))
+    with pytest.raises(DescError, match="step 5: the gradient of pairs 3 … 4 is not finite"):
+        update(run, 1.0, "pairs 3 … 4")
+    assert weight.tolist() == [1.0, 1.0]
+
+
+def batch_gradient(share, max_tokens, loss_of, items):
+    """The loss and gradient of a whole batch, cut into micro-batches as `share` and `max_tokens` say, and their number."""
+    model, _ = load("toy", torch.float32)
+    torch.manual_seed(0)
+    add_adapter(model, "a", rank=4)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.adapters["a"].B, std=0.05)
+    batches = pack(items, share, max_tokens)
+    total = 0.0
+    for _, forest in batches:
+        loss = loss_of(sequence_logps(model, forest))
+        loss.backward()
+        total += float(loss.detach())
+    return len(batches), total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_any_cut_of_a_batch_gives_the_same_step(toy, sample, kind):
+    _, tokenizer = toy
+    examples = build_examples("sp", sample[10:11])[:5]
+    answers = [[e.completion, "Others"] if kind == "dpo" else [e.completion] for e in examples]
+    items = [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, a, 2048) for e, a in zip(examples, answers)]
+    tokens = sum(len(s.completion) for item in items for s in item.sequences)
+
+    def sft(logps):
+        return sft_loss(logps, tokens)
+
+    def dpo(logps):
+        return dpo_loss(logps[0::2], logps[1::2], logps[0::2].detach() + 1, logps[1::2].detach(), 0.5)[0].sum() / len(items)
+
+    cuts = [(share, max_tokens) for share in SHARING for max_tokens in (1, 2000)]
+    results = [batch_gradient(*cut, sft if kind == "sft" else dpo, items) for cut in cuts]
+    assert len({count for count, _, _ in results}) > 2
+    for _, loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][1], abs=1e-5)
+        torch.testing.assert_close(gradient, results[0][2], atol=1e-5, rtol=1e-3)
