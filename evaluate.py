@@ -102,7 +102,7 @@ def main():
     answered = {d.id for d in take(test, config.reply_dialogues)} if config.reply_dialogues >= 0 else set()
 
     model, tokenizer = load(config.model, config.torch_dtype, device)
-    modules = ("sp", "rg") if config.system == "decoupled" else ("vanilla",)
+    modules = ("vanilla",) if config.system == "vanilla" else ("sp", "rg") if answered else ("sp",)
     answers, rows = {}, {"training frequencies": frequency_row(splits["train"], test, strategies)}
     for stage in load_stages(model, config, modules):
         bar = tqdm(test, desc=f"evaluate {config.system} {stage}", dynamic_ncols=True)
@@ -112,7 +112,7 @@ def main():
     write_json(folder / f"{config.system}.json", rows)
     cli.save_config(config, folder)
     print(f"\n{len(test)} test dialogues of {config.data}; percent but for B, nll (nats) and length (words)\n\n{table(rows)}")
-    show_turns(config.show, test, answers)
+    show_turns(config.show, test[: len(answered)] or test, answers)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["desc", "desc.*"]),
-    package_data={"desc": ["data/*"]},
+    package_data={"desc": ["data/*", "data/*/*"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0,<6",

@@ -9,12 +9,13 @@ from desc.metrics import bias_of_confusion, bootstrap, confusion, expected_confu
 from desc.metrics import text_scores
 from desc.strategies import Strategies
 
-PLAN = ("accuracy", "Q", "Q_W", "B", "nll", "invalid")
+PLAN = ("accuracy", "greedy", "Q", "Q_W", "B", "nll", "invalid")
 TEXT = ("distinct-1", "bleu-1", "f1", "rouge-l", "length", "corpus distinct-1", "corpus bleu-4")
 
 
 def summarise(records: list[dict], strategies: Strategies, seed: int) -> dict:
-    """The scores of one system, in percent but for B, the likelihood and the length, with intervals for Q and B."""
+    """The scores of one system, in percent but for B, the likelihood and the length, with intervals for Q and B; "greedy" is the
+    accuracy of the likeliest strategy."""
     parsed = [[(g, p) for g, p in zip(r["gold"], r["predicted"]) if p] for r in records]
     counts = [confusion(*zip(*turns), strategies) if turns else np.zeros((len(strategies),) * 2) for turns in parsed]
     scores, turns = scores_of_confusion(sum(counts)), sum(len(r["gold"]) for r in records)
@@ -30,8 +31,9 @@ def summarise(records: list[dict], strategies: Strategies, seed: int) -> dict:
         "invalid": 100 * (1 - sum(map(len, parsed)) / turns),
     }
     if all(r["logps"] for r in records):
-        logps = np.concatenate([r["logps"] for r in records])
-        row["nll"] = negative_log_likelihood(logps, [name for r in records for name in r["gold"]], strategies)
+        logps, gold = np.concatenate([r["logps"] for r in records]), [name for r in records for name in r["gold"]]
+        row["nll"] = negative_log_likelihood(logps, gold, strategies)
+        row["greedy"] = 100 * np.mean(logps.argmax(-1) == [strategies.index(name) for name in gold])
     answered = [r for r in records if r["replies"]]
     if answered:
         row |= text_scores([text for r in answered for text in r["human"]], [text for r in answered for text in r["replies"]])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything once, on the sample dialogues with SmolLM2-135M: SFT, mining and DPO of the planner and of the generator, then evaluation.
-# About 8 minutes on two CPU cores after the installation. A few dialogues and steps show how it goes; they do not make a good model.
+# Under 8 minutes on two CPU cores after the installation. A few dialogues and steps show how it goes; they do not make a good model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs/install.sh
@@ -9,13 +9,13 @@ trap 'echo "error: quickstart stopped at line $LINENO; what it said last tells w
 begin=$SECONDS
 small="--out out/quickstart --eval-dialogues 1"
 
-$python train_sft.py --task sp $small --lr 5e-4 --epochs 2 --dropout 0
-$python mine_preferences.py --task sp $small --train-dialogues 14
-$python train_dpo.py --task sp $small --lr 5e-5 --batch-size 16 --dropout 0 --eval-every 4
+$python train_sft.py --task sp $small --lr 5e-4 --epochs 1 --dropout 0 --batch-size 16
+$python mine_preferences.py --task sp $small --train-dialogues 8
+$python train_dpo.py --task sp $small --lr 5e-5 --batch-size 8 --dropout 0
 
-$python train_sft.py --task rg $small --lr 5e-4 --epochs 1 --dropout 0 --train-dialogues 12
-$python mine_preferences.py --task rg $small --train-dialogues 6 --max-new-tokens 48
-$python train_dpo.py --task rg $small --lr 5e-5 --batch-size 16 --dropout 0 --eval-every 4
+$python train_sft.py --task rg $small --lr 5e-4 --epochs 1 --dropout 0 --batch-size 8 --train-dialogues 6
+$python mine_preferences.py --task rg $small --train-dialogues 3 --max-new-tokens 48
+$python train_dpo.py --task rg $small --lr 5e-5 --batch-size 8 --dropout 0
 
-$python evaluate.py --out out/quickstart --reply-dialogues 2 --max-new-tokens 48 --show 3
+$python evaluate.py --out out/quickstart --reply-dialogues 1 --max-new-tokens 48 --show 3
 echo "done in $((SECONDS - begin)) s; everything is in out/quickstart"
