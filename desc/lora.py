@@ -116,24 +116,22 @@ def merge_adapters(model) -> None:
         model.set_submodule(name, plain)
 
 
-def stack_adapters(layer: LoRALinear, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All adapters of a layer as one with alpha = rank: A (rank, in), B (out, rank), B₁A₁ + B₂A₂ = [B₁ B₂ 0] [A₁; A₂; 0]."""
+def stack_adapters(layer: LoRALinear, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """All adapters of a layer as one of that scale: A (rank, in), B (out, rank), for B₁A₁ + B₂A₂ = [B₁ B₂ 0] [A₁; A₂; 0]."""
     A = torch.cat([adapter.A for adapter in layer.adapters.values()])
-    B = torch.cat([adapter.scale * adapter.B for adapter in layer.adapters.values()], dim=1)
+    B = torch.cat([adapter.scale / scale * adapter.B for adapter in layer.adapters.values()], dim=1)
     spare = rank - len(A)  # where an adapter is not on every layer
     return F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
 
 
 def save_adapter(model, folder: str | Path) -> None:
     """Write all adapters, stacked into one, as PEFT's adapter_model.safetensors and adapter_config.json (vLLM reads them too)."""
-    tensors = {}
-    layers = lora_layers(model)
+    layers, tensors = lora_layers(model), {}
     rank = max(sum(len(adapter.A) for adapter in layer.adapters.values()) for layer in layers.values())
-    shapes = {(len(layer.adapters), len(a.A), a.alpha) for layer in layers.values() for a in layer.adapters.values()}
-    alone, _, alpha = shapes.pop() if len(shapes) == 1 else (0, 0, 0)  # one adapter alone is written as it is
+    scales = {adapter.scale for layer in layers.values() for adapter in layer.adapters.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0  # a scale that all share is said by alpha, others go into B
     for name, layer in layers.items():
-        (only, *_) = layer.adapters.values()
-        A, B = (only.A, only.B) if alone == 1 else stack_adapters(layer, rank)
+        A, B = stack_adapters(layer, rank, scale)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B.detach().cpu().contiguous()
     config = {
@@ -141,9 +139,9 @@ def save_adapter(model, folder: str | Path) -> None:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
         "r": rank,
-        "lora_alpha": alpha if alone == 1 else rank,
+        "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted({name.rpartition(".")[2] for name in lora_layers(model)}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "inference_mode": True,
         **PLAIN,
     }
@@ -158,19 +156,14 @@ def _targeted(name: str, targets: list[str] | str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) -> None:
-    """Attach an adapter saved by `save_adapter` or by PEFT. Frozen adapters have no dropout.
-
-    Raises DescError where a file is missing or broken, uses a feature beyond plain LoRA, or does not fit the model: an adapter
-    that loads but is not applied is the worst of bugs (vllm#34186)."""
-    folder = Path(folder)
+def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """An adapter's configuration and tensors; DescError where it is broken or anything but plain LoRA."""
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise DescError(f"{folder}: holds no readable LoRA adapter ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else "no object"
+    if (kind := config.get("peft_type") if isinstance(config, dict) else "no object") != "LORA":
         raise DescError(f"{folder}: {CONFIG} describes no LoRA adapter ({kind})")
     kinds = {"r": int, "lora_alpha": (int, float), "target_modules": (list, str)}
     if wrong := [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]:
@@ -179,8 +172,17 @@ def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) 
         raise DescError(f"{folder}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base's weights too")
     if odd := [key for key, plain in (PLAIN | BEYOND).items() if (config.get(key) or plain or None) != (plain or None)]:
         raise DescError(f"{folder}: uses {', '.join(odd)}, which desc's plain LoRA does not compute")
-    modules = dict(model.named_modules())
-    halves = {}
+    return config, tensors
+
+
+def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) -> None:
+    """Attach an adapter saved by `save_adapter` or by PEFT. Frozen adapters have no dropout.
+
+    Raises DescError where a file is missing or broken, uses a feature beyond plain LoRA, or does not fit the model: an adapter
+    that loads but is not applied is the worst of bugs (vllm#34186)."""
+    folder = Path(folder)
+    config, tensors = _read(folder)
+    modules, halves = dict(model.named_modules()), {}
     for key, tensor in tensors.items():
         module_name, _, half = key.removeprefix(PREFIX).rpartition(".lora_")
         if half not in ("A.weight", "B.weight") or not isinstance(modules.get(module_name), nn.Linear):

@@ -11,11 +11,11 @@ small="--out out/quickstart --eval-dialogues 1"
 
 $python train_sft.py --task sp $small --lr 5e-4 --epochs 1 --dropout 0 --batch-size 16
 $python mine_preferences.py --task sp $small --train-dialogues 8
-$python train_dpo.py --task sp $small --lr 5e-5 --batch-size 8 --dropout 0
+$python train_dpo.py --task sp $small --lr 1e-4 --batch-size 8 --dropout 0 --keep last
 
 $python train_sft.py --task rg $small --lr 5e-4 --epochs 1 --dropout 0 --batch-size 8 --train-dialogues 6
 $python mine_preferences.py --task rg $small --train-dialogues 3 --max-new-tokens 48
-$python train_dpo.py --task rg $small --lr 5e-5 --batch-size 8 --dropout 0
+$python train_dpo.py --task rg $small --lr 2e-4 --batch-size 8 --dropout 0 --keep last
 
 $python evaluate.py --out out/quickstart --reply-dialogues 1 --max-new-tokens 48 --show 3
 echo "done in $((SECONDS - begin)) s; everything is in out/quickstart"
