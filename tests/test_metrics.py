@@ -409,3 +409,13 @@ def test_order_of_turns_does_not_matter():
 def test_unequal_numbers_of_texts_are_an_error():
     with pytest.raises(ValueError):
         text_scores(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0)])
+def test_a_strategy_in_no_error_is_neither_preferred_nor_avoided(order):
+    """Strategy 0 is in no error: p = 1. Of 1 and 2, w_12 = 6 and w_21 = 2, so p_1 / p_2 = 3, which sum to 2: 1.5 and 0.5.
+    B = √((0 + 0.25 + 0.25) / 3) = 0.4082, however the strategies are ordered."""
+    counts = np.array([[4.0, 0, 0], [0, 0, 6], [0, 2, 0]])[np.ix_(order, order)]
+    found = bias_of_confusion(counts)
+    np.testing.assert_allclose(found.preferences, np.array([1, 1.5, 0.5])[list(order)], rtol=1e-6)
+    assert found.bias == pytest.approx(sqrt(0.5 / 3))
