@@ -64,7 +64,7 @@ class TaskConfig(Config):
 class TrainConfig(TaskConfig):
     """Flags of both training scripts."""
 
-    batch_size: int = flag(32, "examples (SFT) or pairs (DPO) in a step; whole dialogues, as near to it as they come, with --share dialogue")
+    batch_size: int = flag(32, "examples (SFT) or pairs (DPO) in a step; with --share dialogue whole dialogues, as near to it as they come")
     share: Literal["dialogue", "pair", "none"] = flag("dialogue", "which equal prefixes are read once; the loss of given examples is the same")
     rank: int = flag(16, "LoRA's r")
     alpha: float = flag(16, "LoRA's alpha; the update is scaled by alpha / rank")

@@ -14,6 +14,7 @@ $python train_sft.py --eval-dialogues 20 --eval-every 60 $sp --lr 5e-4 --epochs 
 $python mine_preferences.py --eval-dialogues 20 $sp
 $python train_dpo.py --task sp $data --eval-dialogues 20 --eval-every 20 --lr 5e-5 --dropout 0
 $python evaluate.py $data --reply-dialogues -1
+rm -rf out/esconv/eval-sp && mv out/esconv/eval out/esconv/eval-sp  # the next evaluation writes there too
 
 rg="--task rg $data --train-dialogues 60 --eval-dialogues 4"
 $python train_sft.py $rg --lr 5e-4 --epochs 1 --dropout 0
