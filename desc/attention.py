@@ -2,7 +2,7 @@
 
 SDPA's CPU kernel is slow backwards and computes what the mask then hides; plain eager attention keeps N × N scores for every head
 and layer. Here a block of queries meets only the keys that one of its queries may see: in depth-first order those are the block's
-own branch and its ancestors, so other branches and other dialogues cost nothing.
+own branches and their ancestors, so other branches and other dialogues cost next to nothing.
 """
 
 import torch

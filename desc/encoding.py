@@ -43,7 +43,7 @@ def end_of_turn(tokenizer) -> int:
 
 @lru_cache
 def _special_texts(tokenizer) -> tuple[str, ...]:
-    return tuple({*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())} - {" ", "\n"})
+    return tuple({*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())})
 
 
 def _plain(tokenizer, text: str) -> str:
