@@ -16,6 +16,7 @@ NAME = "desc_blocks"
 BLOCK = 256
 
 
+@torch.compiler.disable  # its shapes depend on the tree: traced, it would be compiled again for every forest
 def block_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """Transformers' attention interface: query (B, H, N, D), key and value (B, G, L, D) -> (B, N, H, D), None.
 

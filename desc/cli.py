@@ -74,6 +74,7 @@ class TrainConfig(TaskConfig):
     max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it")
     eval_every: int = flag(50, "steps between scores on validation dialogues")
     keep: Literal["best", "last"] = flag("best", "the adapter that later steps find; the other one lies in a folder beside it")
+    compile: bool = flag(False, "compile the layers; faster after one to two minutes, so for long runs; a CPU needs g++")
     show_example: bool = flag(False, "print the first example, what carries loss between » and «, and stop")
 
 

@@ -39,6 +39,14 @@ def _check_layers(config, name: str) -> None:
         raise DescError(f"--model {name}: {', '.join(sorted(odd)) or config.model_type} layers cannot run on a prefix tree")
 
 
+def compile_layers(model) -> None:
+    """Let TorchInductor fuse the element-wise work of the decoder's layers: about 1.5 times as fast on a CPU, after a minute or two.
+
+    Rounding between fused operations stays as it is without, so that a policy equals its reference to the bit there too."""
+    for layer in model.get_submodule("model.layers"):
+        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+
+
 def attention_mask(config, forest: Forest) -> torch.Tensor | dict[str, torch.Tensor]:
     """The tree's mask as Transformers takes it: (1, 1, N, N) bool, or one a kind of layer where only some have a sliding window.
 

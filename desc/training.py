@@ -15,6 +15,7 @@ from desc.cli import TrainConfig, save_artefact
 from desc.esconv import Dialogue
 from desc.files import append_line
 from desc.metrics import bias_of_confusion, expected_confusion, negative_log_likelihood, scores_of_confusion
+from desc.modeling import compile_layers
 from desc.sampling import score_strategies, temper
 from desc.strategies import Strategies
 
@@ -71,6 +72,8 @@ class Run:
 
 def start(model, config: TrainConfig, things: list[Thing], folder: Path) -> Run:
     """Plan the batches; AdamW and its schedule for the trainable parameters; an empty metrics.jsonl in `folder`."""
+    if config.compile:
+        compile_layers(model)
     epochs = [make_batches(things, config.batch_size, config.share, config.seed, epoch) for epoch in range(config.epochs)]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
