@@ -1,5 +1,8 @@
 """Loading a model and its tokenizer, and the one forward pass that everything uses."""
 
+import os
+import shutil
+
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -42,7 +45,10 @@ def _check_layers(config, name: str) -> None:
 def compile_layers(model) -> None:
     """Let TorchInductor fuse the element-wise work of the decoder's layers: about 1.5 times as fast on a CPU, after a minute or two.
 
-    Rounding between fused operations stays as it is without, so that a policy equals its reference to the bit there too."""
+    Rounding between fused operations stays as it is without, so that a policy equals its reference to the bit there too. Raises
+    DescError where a CPU has no C++ compiler."""
+    if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise DescError("--compile needs a C++ compiler on a CPU: install g++, or leave the flag out")
     for layer in model.get_submodule("model.layers"):
         layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 

@@ -1,4 +1,4 @@
-"""Fixtures that several files share, and the marker `slow` (SmolLM2's real weights): skipped unless --slow is given."""
+"""Fixtures that several files share, and the marker `slow`: skipped unless --slow is given."""
 
 import os
 from importlib.resources import files
@@ -12,11 +12,11 @@ from desc.modeling import load
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that need SmolLM2's real weights")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes: on SmolLM2's real weights, and those that compile")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes SmolLM2's real weights and minutes; runs only with --slow")
+    config.addinivalue_line("markers", "slow: takes minutes (SmolLM2's real weights, compilation); runs only with --slow")
     torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
 
 

@@ -8,9 +8,9 @@ import torch
 
 from desc import DescError
 from desc.encoding import encode
-from desc.lora import add_adapter, lora_layers
+from desc.lora import adapter_off, add_adapter, lora_layers
 from desc.losses import dpo_loss, sft_loss
-from desc.modeling import load, sequence_logps
+from desc.modeling import compile_layers, load, sequence_logps
 from desc.prompts import build_examples
 from desc.training import make_batches, make_schedule, update
 from desc.tree import SHARING, pack
@@ -91,3 +91,35 @@ def test_any_cut_of_a_batch_gives_the_same_step(toy, sample, kind):
     for _, loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][1], abs=1e-5)
         torch.testing.assert_close(gradient, results[0][2], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_layers_keep_the_policy_equal_to_its_reference(sample):
+    """To the bit, in bf16, where fused operations could round otherwise; and log-probabilities and gradients are those of eager mode."""
+    seen = {}
+    for compiled in (False, True):
+        model, tokenizer = load("toy")
+        torch.manual_seed(0)
+        add_adapter(model, "sft", rank=4)
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.adapters["sft"].B, std=0.05)
+        add_adapter(model, "dpo", rank=4)
+        if compiled:
+            compile_layers(model)
+        examples = build_examples("sp", sample[10:11])[:5]
+        items = [encode(tokenizer, str(e.turn), e.dialogue, e.messages, [e.completion, "Others"], 2048) for e in examples]
+        ((_, forest),) = pack(items, "dialogue", 2000)
+        with torch.no_grad(), adapter_off(model, "dpo"):
+            reference = sequence_logps(model, forest)
+        policy = sequence_logps(model, forest)
+        assert torch.equal(policy, reference)
+        policy.sum().backward()
+        seen[compiled] = policy.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    for eager, fused in zip(seen[False], seen[True]):
+        torch.testing.assert_close(fused, eager, rtol=0.02, atol=0.05)
+
+
+def test_compiling_without_a_compiler_ends_in_one_line(toy, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DescError, match="install g"):
+        compile_layers(toy[0])
