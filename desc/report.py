@@ -53,6 +53,12 @@ def frequency_row(train: list[Dialogue], test: list[Dialogue], strategies: Strat
     return row | {"B": bias_of_confusion(expected).bias, "nll": negative_log_likelihood(logps, gold, strategies)}
 
 
+def markdown(lines: list[list[str]]) -> str:
+    """A table of its head and its lines."""
+    head, *body = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+
+
 def table(rows: dict[str, dict]) -> str:
     """Markdown: a row a system, only the columns that some row has."""
     columns = [c for c in PLAN + TEXT if any(c in row for row in rows.values())]
@@ -62,6 +68,4 @@ def table(rows: dict[str, dict]) -> str:
         low, high = row.get(f"{column} interval", (None, None))
         return text if low is None else text + (f" ({low:.2f}–{high:.2f})" if column == "B" else f" ({low:.1f}–{high:.1f})")
 
-    lines = [["system", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(cell(row, c) if c in row else "" for c in columns)] for name, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([["system", *columns], *([name, *(cell(row, c) if c in row else "" for c in columns)] for name, row in rows.items())])

@@ -1,0 +1,200 @@
+"""What the benchmarks share: the model, the clock, the machine's peak, and one process for each contender."""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from desc import attention, cli, report, zoo
+from desc.encoding import Item, encode
+from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
+from desc.modeling import compile_layers
+
+SHAPES = {  # random weights, SmolLM2's tokenizer
+    "qwen2.5-7b": dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
+    | dict(num_key_value_heads=4, vocab_size=152064, rope_theta=1e6, tie_word_embeddings=False),
+}
+CHECKED = 4  # examples whose fp32 losses are compared
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+@dataclass
+class Config(cli.TaskConfig):
+    dialogues: int = cli.flag(2, "training dialogues whose turns are read")
+    contenders: str = cli.flag("compiled,dialogue,pair,none,trl", "which to run; compiled is dialogue with --compile")
+    repeats: int = cli.flag(3, "times that ours reads all of it when sharing by dialogue; the fastest counts")
+    tries: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "TRL's batch sizes to try, each on one batch"})
+    batch_size: int = cli.flag(0, "TRL's; 0 tries some")
+    first: int = cli.flag(0, "examples to use, the first; 0 takes all")
+    contender: str | None = cli.flag(None, "run this one alone and print JSON (what the others are started with)")
+    adapter: str | None = cli.flag(None, "folder of the adapter that all start from")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One turn with the answers to read."""
+
+    name: str
+    dialogue: str
+    messages: list[dict]
+    answers: list[str]
+
+
+def make_tokenizer(config):
+    return AutoTokenizer.from_pretrained(zoo.locate("smollm2" if config.model in SHAPES else config.model))
+
+
+def make_model(config, dtype, kernel: str):
+    """Weights that are the same in every process."""
+    if config.model in SHAPES:
+        torch.manual_seed(0)
+        shape = dict(SHAPES[config.model])
+        with DEVICE:
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(shape.pop("model_type"), **shape), dtype=dtype, attn_implementation=kernel
+            )
+    return AutoModelForCausalLM.from_pretrained(zoo.locate(config.model), dtype=dtype, attn_implementation=kernel).to(DEVICE)
+
+
+def our_model(config, dtype=torch.bfloat16):
+    """With the adapter that all start from as "dpo"."""
+    model = make_model(config, dtype, attention.register())
+    load_adapter(model, config.adapter, "dpo", trainable=True)
+    if config.contender == "compiled":
+        compile_layers(model)
+    return model
+
+
+def sharing(config) -> str:
+    return "dialogue" if config.contender == "compiled" else config.contender
+
+
+def encode_all(config, tasks: list[Task]) -> list[Item]:
+    tokenizer = make_tokenizer(config)
+    return [encode(tokenizer, t.name, t.dialogue, t.messages, t.answers, config.max_length) for t in tasks]
+
+
+def now() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory() -> int:
+    """The most bytes that this process has held."""
+    return torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matrix_peak() -> float:
+    """bf16 FLOP/s of a product of two large square matrices, the best of five."""
+    a = torch.randn(8192 if CUDA else 4096, 8192 if CUDA else 4096).bfloat16().to(DEVICE)
+    times = []
+    for _ in range(5):
+        begin = now()
+        a @ a
+        times.append(now() - begin)
+    return 2 * len(a) ** 3 / min(times)
+
+
+def time_ours(config, read) -> float:
+    """The fastest of some readings; without sharing one must do, it takes long."""
+    seconds = []
+    for _ in range(config.repeats if sharing(config) == "dialogue" else 1):
+        begin = now()
+        read()
+        seconds.append(now() - begin)
+    return min(seconds)
+
+
+def train_trl(config, trainer_class, settings_class, rows: list[dict], tokens: int, models=tuple, **more) -> dict:
+    """TRL over all rows, bf16; and the loss of the first few in fp32, for which models() are further models that the trainer takes."""
+    import peft
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.begin = now()
+
+        def on_train_end(self, *_, **__):
+            self.seconds = now() - self.begin
+
+    def make(rows, batch_size, dtype, folder, *models):
+        model = peft.PeftModel.from_pretrained(make_model(config, dtype, "sdpa"), config.adapter, is_trainable=True)
+        settings = settings_class(
+            folder,
+            use_cpu=not CUDA,
+            bf16=dtype == torch.bfloat16,
+            gradient_checkpointing=False,
+            max_length=None,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=-(-len(rows) // batch_size),  # one optimizer step, which ours leaves out
+            num_train_epochs=1,
+            learning_rate=1e-9,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **more,
+        )
+        data, tokenizer = Dataset.from_list(rows), make_tokenizer(config)
+        return trainer_class(model, *models, args=settings, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        make(rows, config.batch_size, torch.bfloat16, folder).train()
+        result = {"seconds": clock.seconds, "memory": memory(), "tokens": tokens}
+        trainer = make(rows[:CHECKED], CHECKED, torch.float32, folder, *models())
+        (batch,) = trainer.get_train_dataloader()
+        with torch.no_grad():
+            return result | {"loss": float(trainer.compute_loss(trainer.model, batch))}
+
+
+def compete(make_tasks, ours, trl, passes: int, unit: str) -> None:
+    """The main program: every contender in a process of its own, one after another, then the table.
+
+    `passes` counts how often the products with the weights are done for a token that is read: forwards, and the input's gradient."""
+    config = cli.parse(Config)
+    if config.contender:
+        tasks, peak = make_tasks(config)[: config.first or None], matrix_peak()
+        result = trl(config, tasks) if config.contender == "trl" else ours(config, tasks)
+        return print(json.dumps(result | {"count": len(tasks), "peak": peak}))
+
+    def start(*flags) -> dict:
+        command = [sys.executable, *sys.argv, "--adapter", folder, *map(str, flags)]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(config, torch.bfloat16, "sdpa")
+        products = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head"))
+        add_adapter(model, "dpo")
+        for layer in lora_layers(model).values():
+            nn.init.normal_(layer.adapters["dpo"].B, std=0.01)  # so that policy and reference differ
+        save_adapter(model, folder)
+        del model
+        torch.cuda.empty_cache()
+        for name in config.contenders.split(","):
+            flags = ["--contender", name]
+            if name == "trl" and not config.batch_size:
+                tried = {size: start(*flags, "--batch_size", size, "--first", size)["seconds"] / size for size in config.tries}
+                print(f"TRL's seconds a {unit} by batch size: " + ", ".join(f"{size}: {s:.2f}" for size, s in tried.items()))
+                flags += ["--batch_size", min(tried, key=tried.get)]
+            results[name] = start(*flags)
+    rate = {name: r["count"] / r["seconds"] for name, r in results.items()}
+    lines = [["", f"{unit}s/s", "ratio", "peak memory", "tokens", "of matrix peak", "fp32 loss"]]
+    for name, r in results.items():
+        ratio = f"{rate[name] / rate['trl']:.1f}" if "trl" in rate else ""
+        share = f"{100 * 2 * products * passes * r['tokens'] / r['seconds'] / r['peak']:.0f} %"
+        title = "TRL + PEFT" if name == "trl" else f"ours, {name}"
+        lines.append([title, f"{rate[name]:.3g}", ratio, f"{r['memory'] / 1e9:.2f} GB", f"{r['tokens']:,}", share, f"{r['loss']:.6f}"])
+    count = max(r["count"] for r in results.values())
+    print(f"{config.model}, {config.task}, {count} {unit}s of {config.dialogues} dialogues of {config.data}\n")
+    print(report.markdown(lines))

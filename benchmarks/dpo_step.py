@@ -1,0 +1,81 @@
+"""DPO on the same pairs with the same model and the same LoRA: ours, shared by dialogue (compiled, too), by pair and not at all, and
+TRL + PEFT.
+
+    python benchmarks/dpo_step.py --task sp                                               SmolLM2, two sample dialogues
+    python benchmarks/dpo_step.py --task rg --data ESConv.json --split-file split.json    two of ESConv
+    python benchmarks/dpo_step.py --task sp --model qwen2.5-7b                            that shape, random weights: speed only
+
+Each contender runs in a process of its own, one after another, over all pairs: reference, policy, backward. TRL trains as a careful
+user would set it: bf16, no gradient checkpointing, the reference that it makes itself, the batch size that is fastest.
+Prints pairs/s, the ratio to TRL, peak memory, tokens read, the share of this machine's bf16 matrix peak (measured by each process;
+counted are the products with the weights) and the fp32 loss of the first pairs.
+"""
+
+import random
+
+import torch
+from contest import CHECKED, Task, compete, encode_all, make_model, memory, our_model, sharing, time_ours, train_trl
+
+from desc.esconv import load_splits
+from desc.lora import adapter_off
+from desc.losses import dpo_loss
+from desc.modeling import sequence_logps
+from desc.prompts import build_examples
+from desc.strategies import read_strategies
+from desc.tree import pack
+
+BETA = 0.5
+
+
+def make_pairs(config) -> list[Task]:
+    """The human answer and, for sp, a wrong strategy, else what was said at another turn."""
+    strategies = read_strategies(config.strategies)
+    dialogues = load_splits(config.data, config.split_file, strategies, config.seed)["train"][: config.dialogues]
+    examples, draw = build_examples(config.task, dialogues, strategies), random.Random(config.seed)
+    pairs = []
+    for e in examples:
+        others = strategies.names if config.task == "sp" else [other.completion for other in examples]
+        rejected = draw.choice([text for text in others if text != e.completion])
+        pairs.append(Task(f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion, rejected]))
+    return pairs
+
+
+def losses_of(model, forest) -> torch.Tensor:
+    with torch.no_grad(), adapter_off(model, "dpo"):
+        reference = sequence_logps(model, forest)
+    policy = sequence_logps(model, forest)
+    return dpo_loss(policy[0::2], policy[1::2], reference[0::2], reference[1::2], BETA)[0]
+
+
+def ours(config, pairs: list[Task]) -> dict:
+    model, items = our_model(config), encode_all(config, pairs)
+
+    def read():
+        for _, forest in pack(items, sharing(config), config.max_tokens):
+            (losses_of(model, forest.to(model.device)).sum() / len(items)).backward()
+
+    seconds = time_ours(config, read)
+    tokens = sum(len(forest.ids) for _, forest in pack(items, sharing(config), config.max_tokens))
+    result = {"seconds": seconds, "memory": memory(), "tokens": tokens}
+    ((_, forest),) = pack(items[:CHECKED], "dialogue", 10**9)
+    with torch.no_grad():
+        return result | {"loss": float(losses_of(our_model(config, torch.float32), forest).mean())}
+
+
+def trl(config, pairs: list[Task]) -> dict:
+    from trl import DPOConfig, DPOTrainer
+
+    def say(text):
+        return [{"role": "assistant", "content": text}]
+
+    rows = [{"prompt": p.messages, "chosen": say(p.answers[0]), "rejected": say(p.answers[1])} for p in pairs]
+    tokens = sum(len(s.prompt) + len(s.completion) for item in encode_all(config, pairs) for s in item.sequences)
+
+    def base():  # for the loss alone: without it TRL's reference is a copy of the adapter, and every loss is ln 2
+        return (make_model(config, torch.float32, "sdpa"),)
+
+    return train_trl(config, DPOTrainer, DPOConfig, rows, tokens, base, beta=BETA)
+
+
+if __name__ == "__main__":
+    compete(make_pairs, ours, trl, passes=3, unit="pair")
