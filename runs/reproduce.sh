@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The measurements of docs/results.md: SmolLM2-135M on ESConv, on a CPU, in some hours.
+# The measurements of docs/results.md: SmolLM2-135M on ESConv, on a CPU, in some hours. Killed and run again, it goes on where it was.
 #   runs/reproduce.sh ESConv.json split.json [training dialogues of the planner: 400]
 # A 7B model on GPUs wants the four steps of README.md with the scripts' own defaults instead: they are the paper's.
 set -euo pipefail
@@ -8,16 +8,19 @@ data="--data $(realpath "$1") --split-file $(realpath "$2") --out out/esconv"
 cd "$(dirname "$0")/.."
 runs/install.sh
 python=.venv/bin/python
+step() { [ -e "out/esconv/$1" ] || $python "${@:2}"; }  # the last file that a step leaves, and the step
 
-sp="--task sp $data --train-dialogues ${3:-400}"
-$python train_sft.py --compile --eval-dialogues 20 --eval-every 60 $sp --lr 5e-4 --epochs 1 --dropout 0
-$python mine_preferences.py --eval-dialogues 20 $sp
-$python train_dpo.py --compile --task sp $data --eval-dialogues 20 --eval-every 20 --lr 5e-5 --dropout 0
-$python evaluate.py $data --reply-dialogues -1
-rm -rf out/esconv/eval-sp && mv out/esconv/eval out/esconv/eval-sp  # the next evaluation writes there too
+sp="--task sp $data --eval-dialogues 20"
+train="--train-dialogues ${3:-400}"
+step sp/sft/last/config.json train_sft.py --compile $sp $train --eval-every 60 --lr 5e-4 --epochs 1 --dropout 0
+step sp/config.json mine_preferences.py $sp $train
+step sp/dpo/last/config.json train_dpo.py --compile $sp --eval-every 20 --lr 5e-5 --dropout 0
+step eval-sp/config.json evaluate.py $data --reply-dialogues -1
+[ -e out/esconv/eval-sp ] || mv out/esconv/eval out/esconv/eval-sp  # the next evaluation writes there too
 
-rg="--task rg $data --train-dialogues 60 --eval-dialogues 4"
-$python train_sft.py --compile $rg --lr 5e-4 --epochs 1 --dropout 0
-$python mine_preferences.py $rg --max-new-tokens 64
-$python train_dpo.py --compile --task rg $data --eval-dialogues 4 --eval-every 10 --lr 5e-5 --dropout 0
-$python evaluate.py $data --eval-dialogues 20 --max-new-tokens 64 --show 3
+rg="--task rg $data --eval-dialogues 4"
+train="--train-dialogues 60"
+step rg/sft/last/config.json train_sft.py --compile $rg $train --lr 5e-4 --epochs 1 --dropout 0
+step rg/config.json mine_preferences.py $rg $train --max-new-tokens 64
+step rg/dpo/last/config.json train_dpo.py --compile $rg --eval-every 10 --lr 5e-5 --dropout 0
+step eval/config.json evaluate.py $data --eval-dialogues 20 --max-new-tokens 64 --show 3
