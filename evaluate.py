@@ -105,10 +105,17 @@ def main():
     modules = ("vanilla",) if config.system == "vanilla" else ("sp", "rg") if answered else ("sp",)
     answers, rows = {}, {"training frequencies": frequency_row(splits["train"], test, strategies)}
     for stage in load_stages(model, config, modules):
-        bar = tqdm(test, desc=f"evaluate {config.system} {stage}", dynamic_ncols=True)
-        answers[stage] = [answer(model, tokenizer, config, stage, modules, d, strategies, d.id in answered) for d in bar]
+        mine = test[distributed.rank() :: distributed.size()]
+        bar = tqdm(mine, desc=f"evaluate {config.system} {stage}", dynamic_ncols=True, disable=distributed.rank() > 0)
+        records = [answer(model, tokenizer, config, stage, modules, d, strategies, d.id in answered) for d in bar]
+        parts = distributed.collect(records)
+        answers[stage] = [parts[i % len(parts)][i // len(parts)] for i in range(len(test))]
+        if distributed.rank():
+            continue
         rows[f"{config.system} {stage}"] = summarise(answers[stage], strategies, config.seed)
         write_lines(folder / f"{config.system}.{stage}.jsonl", answers[stage])
+    if distributed.rank():
+        return
     write_json(folder / f"{config.system}.json", rows)
     cli.save_config(config, folder)
     print(f"\n{len(test)} test dialogues of {config.data}; percent but for B, nll (nats) and length (words)\n\n{table(rows)}")

@@ -9,7 +9,6 @@ reply, under the human strategy. vanilla: both. Writes OUT/TASK/pairs.jsonl and 
 it was. Mining on test dialogues would leak, so they are never mined.
 """
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -17,10 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from desc import DescError, cli, distributed
+from desc import cli, distributed
+from desc.checkpoint import refuse_differing
 from desc.esconv import load_splits
-from desc.files import append_line, read_lines, write_bytes, write_lines
-from desc.lora import WEIGHTS, load_adapter
+from desc.files import append_line, mend, read_lines, write_lines
+from desc.lora import digest, load_adapter
 from desc.mining import mine_dialogue
 from desc.modeling import load
 from desc.strategies import read_strategies
@@ -32,19 +32,15 @@ class MineConfig(cli.SampleConfig, cli.TaskConfig):
     train_dialogues: int = cli.flag(0, "training dialogues to mine, the first of the split; 0 takes all")
 
 
-def begun(path: Path, settings: dict) -> list[dict]:
-    """What an earlier run with the same settings mined: one record a dialogue. Begins the file where there is none.
+def begun(folder: Path, settings: dict) -> list[dict]:
+    """What an earlier run with the same settings mined, on however many ranks: one record a dialogue.
 
-    A last line cut off by a kill is dropped. Raises DescError naming the settings that differ."""
-    if path.exists():
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        write_bytes(path, whole + b"\n" if whole else b"")
-    if not path.exists() or not path.stat().st_size:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        append_line(path, settings)
-    before, *done = read_lines(path)
-    if differing := [key for key in settings if before.get(key) != settings[key]]:
-        raise DescError(f"{path} was begun with another {', '.join(differing)}: run with the same, or delete the file to start anew")
+    Each rank has a journal mining.RANK.jsonl, whose first line are the settings. Raises DescError naming those that differ."""
+    done = []
+    for journal in sorted(folder.glob("mining.*.jsonl")):
+        before, *records = read_lines(journal) or [settings]
+        refuse_differing(journal, before, settings)
+        done += records
     return done
 
 
@@ -57,30 +53,37 @@ def main():
     work += [("valid", d) for d in take(splits["valid"], config.eval_dialogues)]
 
     model, tokenizer = load(config.model, config.torch_dtype, device)
-    settings = json.loads(json.dumps(asdict(config))) | {"adapter": None}
-    sft = cli.find_adapter(config.folder / "sft", f"mines the base model; first run train_sft.py --task {config.task}")
-    if sft:
-        load_adapter(model, sft, "sft")
-        settings["adapter"] = hashlib.sha256((sft / WEIGHTS).read_bytes()).hexdigest()
+    settings = json.loads(json.dumps(asdict(config))) | {"adapter": digest(config.folder / "sft")}
+    if cli.find_adapter(config.folder / "sft", f"mines the base model; first run train_sft.py --task {config.task}"):
+        load_adapter(model, config.folder / "sft", "sft")
 
-    journal = config.folder / "mining.jsonl"
-    done = begun(journal, settings)
+    for journal in config.folder.glob("mining.*.jsonl") if not distributed.rank() else ():
+        mend(journal)
+    distributed.barrier()
+    done = begun(config.folder, settings)
+    distributed.barrier()  # every rank has read the journals before any of them grows
     seen = {(record["split"], record["dialogue"]) for record in done}
-    for split, dialogue in tqdm(work, desc=f"mine {config.task}", dynamic_ncols=True):
-        if (split, dialogue.id) in seen:
-            continue
+    journal = config.folder / f"mining.{distributed.rank()}.jsonl"
+    if not journal.exists() or not journal.stat().st_size:
+        write_lines(journal, [settings])
+    mine = [(split, dialogue) for split, dialogue in work if (split, dialogue.id) not in seen][distributed.rank() :: distributed.size()]
+    for split, dialogue in tqdm(mine, desc=f"mine {config.task}", dynamic_ncols=True, disable=distributed.rank() > 0):
         pairs = [pair.record() for pair in mine_dialogue(model, tokenizer, config, dialogue, strategies)]
-        done.append({"split": split, "dialogue": dialogue.id, "turns": len(dialogue), "pairs": pairs})
-        append_line(journal, done[-1])
+        append_line(journal, {"split": split, "dialogue": dialogue.id, "turns": len(dialogue), "pairs": pairs})
 
+    distributed.barrier()
+    if distributed.rank():
+        return
+    mined = {(record["split"], record["dialogue"]): record for record in begun(config.folder, settings)}
     for split, name in (("train", "pairs.jsonl"), ("valid", "pairs.valid.jsonl")):
-        records = [record for record in done if record["split"] == split]
+        records = [mined[which, dialogue.id] for which, dialogue in work if which == split]
         pairs = [pair for record in records for pair in record["pairs"]]
         write_lines(config.folder / name, pairs)
         errors = Counter(pair["error"] for pair in pairs)
         print(f"{config.folder / name}: {len(pairs)} pairs of {sum(r['turns'] for r in records)} turns {dict(errors)}")
     cli.save_config(config, config.folder)
-    journal.unlink()
+    for journal in config.folder.glob("mining.*.jsonl"):
+        journal.unlink()
 
 
 if __name__ == "__main__":

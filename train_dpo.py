@@ -21,12 +21,13 @@ import torch
 from desc import cli, distributed
 from desc.encoding import Item, encode, mark_loss
 from desc.esconv import Dialogue, load_splits
-from desc.lora import adapter_off, add_adapter, load_adapter
+from desc.lora import adapter_off, add_adapter, digest, load_adapter
 from desc.losses import dpo_loss
 from desc.mining import Pair, read_pairs
 from desc.modeling import load, sequence_logps
+from desc.plan import plan
 from desc.strategies import Strategies, read_strategies
-from desc.training import finish, log, planner_scores, start, take, update, validated
+from desc.training import ahead, all_batches, begin_step, due, finish, make_batches, planner_scores, start, survive, take, update, validated
 from desc.tree import Forest, pack
 
 BETA = {"sp": 0.5, "rg": 0.2, "vanilla": 0.2}
@@ -54,18 +55,21 @@ def find_pairs(config: DPOConfig) -> Path:
 
 
 @torch.no_grad()
-def reference_logps(model, items: list[Item], forest: Forest, known: dict[str, torch.Tensor], keep: bool) -> torch.Tensor:
-    """(2B,): the same weights and code as the policy's, with `dpo` off, in eval mode, before the policy's forward.
+def reference_logps(model, forest: Forest) -> torch.Tensor:
+    """(2B,): the same weights and code as the policy's, with `dpo` off, in eval mode, before the policy's forward."""
+    model.eval()
+    with adapter_off(model, "dpo"):
+        return sequence_logps(model, forest)
 
-    `known` holds them by pair id where a pair comes again (`keep`)."""
-    if not all(item.id in known for item in items):
-        model.eval()
-        with adapter_off(model, "dpo"):
-            logps = sequence_logps(model, forest)
-        if not keep:
-            return logps
-        known.update(zip((item.id for item in items), logps.view(-1, 2)))
-    return torch.cat([known[item.id] for item in items])
+
+def score_reference(model, batches) -> dict[str, list[float]]:
+    """The reference's log-probabilities of the chosen and the rejected answer, by pair id, on every rank."""
+    scored = [zip((item.id for item in members), reference_logps(model, forest).view(-1, 2).tolist()) for members, forest in batches]
+    return dict(chain(*distributed.collect(list(chain(*scored)))))
+
+
+def look_up(known: dict[str, list[float]], members: list[Item], device) -> torch.Tensor:
+    return torch.tensor([logp for item in members for logp in known[item.id]], device=device)
 
 
 def measure(policy: torch.Tensor, reference: torch.Tensor, config: DPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,14 +82,12 @@ def measure(policy: torch.Tensor, reference: torch.Tensor, config: DPOConfig) ->
 
 
 @torch.no_grad()
-def validate(model, tokenizer, config: DPOConfig, items, known, dialogues: list[Dialogue], strategies: Strategies) -> dict:
+def validate(model, tokenizer, config: DPOConfig, batches, known, dialogues: list[Dialogue], strategies: Strategies) -> dict:
     """METRICS on validation pairs; where the module plans, the exact scores of its strategies on validation dialogues too."""
-    sums = 0
-    for members, forest in pack(items, config.share, config.max_tokens):
-        reference = reference_logps(model, members, forest, known, keep=True)
-        model.eval()
-        sums = sums + measure(sequence_logps(model, forest), reference, config)[1]
-    scores = dict(zip((f"valid/{name}" for name in METRICS), (sums / len(items)).tolist()))
+    model.eval()
+    sums = sum(measure(sequence_logps(model, f), look_up(known, members, model.device), config)[1] for members, f in batches)
+    count = distributed.total(torch.tensor(sum(len(members) for members, _ in batches)))
+    scores = dict(zip((f"valid/{name}" for name in METRICS), (distributed.total(sums).cpu() / count).tolist()))
     return scores if config.task == "rg" else scores | planner_scores(model, tokenizer, config, dialogues, strategies)
 
 
@@ -98,10 +100,15 @@ def main():
     valid = take(load_splits(config.data, config.split_file, strategies, config.seed)["valid"], config.eval_dialogues)
     pairs = read_pairs(source / "pairs.jsonl", config.task)
     valid_pairs = take(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
-    model, tokenizer = load(config.model, config.torch_dtype, device)
+    model, tokenizer = load(config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0)
 
     def encode_all(batch: list[Pair]) -> list[Item]:
         return [encode(tokenizer, p.id, p.dialogue, p.prompt, [p.chosen, p.rejected], config.max_length) for p in batch]
+
+    def prepare(batch: list[Pair]):
+        """The whole batch and this rank's micro-batches of it."""
+        items = encode_all(batch)
+        return items, distributed.portion(model, pack(items, config.share, config.max_tokens, distributed.size()))
 
     if config.show_example:
         return print("\n\n".join(mark_loss(tokenizer, sequence) for sequence in encode_all(pairs[:1])[0].sequences))
@@ -110,30 +117,40 @@ def main():
         load_adapter(model, sft, "sft")
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout)
-    valid_items, known = encode_all(valid_pairs), {}
-    run = start(model, config, pairs, config.folder / "dpo")
+    if config.plan:
+        steps = [pack(encode_all(batch), config.share, config.max_tokens, config.plan) for batch in all_batches(pairs, config)]
+        return print(plan(model, config, steps, passes=2))
+    run = start(model, config, pairs, config.folder / "dpo", device, digest(sft))
+    _, valid_batches = prepare(valid_pairs)
+    known = score_reference(model, valid_batches)
+    if config.epochs > 1:  # pairs that come again are scored once
+        for batch in make_batches(pairs, config.batch_size, config.share, config.seed, epoch=0):
+            known |= score_reference(model, prepare(batch)[1])
 
     def check() -> None:
         """A planner is judged by the likelihood of the human strategy, which over-correction harms (docs/tour.md)."""
-        scores = validate(model, tokenizer, config, valid_items, known, valid, strategies)
+        scores = validate(model, tokenizer, config, valid_batches, known, valid, strategies)
         validated(run, model, config, scores, scores["valid/nll" if config.task == "sp" else "valid/loss"])
 
-    check()
-    for batch in chain(*run.epochs):
-        items, sums, nodes = encode_all(batch), 0, 0
-        for members, forest in pack(items, config.share, config.max_tokens):
-            reference = reference_logps(model, members, forest, known, keep=config.epochs > 1)
+    if not run.step:
+        check()
+    for items, batches in ahead(prepare, run.batches[run.step :]):
+        begin_step(run, config)
+        sums, nodes = 0, 0
+        for members, forest in batches:
+            reference = look_up(known, members, device) if config.epochs > 1 else reference_logps(model, forest)
             model.train()
             policy = sequence_logps(model, forest)
-            assert run.bar.n or torch.equal(policy, reference), "the policy differs from its reference before the first step"
+            assert run.step or torch.equal(policy.nan_to_num(), reference.nan_to_num()), "the policy differs from its reference before the first step"
             loss, seen = measure(policy, reference, config)
-            (loss / len(batch)).backward()
+            (loss / len(items) * distributed.size()).backward()  # FSDP averages gradients over ranks: this makes it their sum
             sums, nodes = sums + seen, nodes + len(forest.ids)
-        record = dict(zip(METRICS, (sums / len(batch)).tolist()))
-        record |= update(run, config.max_grad_norm, f"pairs {items[0].id} … {items[-1].id}")
-        log(run, record | {"nodes": nodes, "turns_cut": sum(item.turns_cut for item in items)})
-        if run.bar.n % config.eval_every == 0 or run.bar.n == run.bar.total:
+        cut = sum(item.turns_cut for item in items) / distributed.size()
+        record = dict(zip(METRICS, sums / len(items))) | {"nodes": nodes, "turns_cut": cut}
+        update(run, config, record, f"pairs {items[0].id} … {items[-1].id}")
+        if due(run, config.eval_every) or run.step == len(run.batches):
             check()
+        survive(run, config.save_every)
     finish(run, model, config)
 
 

@@ -8,7 +8,6 @@ model. A dialogue's turns are read as one prefix tree (desc/tree.py). Writes OUT
 """
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
@@ -18,9 +17,10 @@ from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter
 from desc.losses import sft_loss
 from desc.modeling import load, sequence_logps
+from desc.plan import plan
 from desc.prompts import Example, build_examples
 from desc.strategies import Strategies, read_strategies
-from desc.training import finish, log, planner_scores, start, take, update, validated
+from desc.training import ahead, all_batches, begin_step, due, finish, planner_scores, start, survive, take, update, validated
 from desc.tree import pack
 
 
@@ -35,11 +35,11 @@ class SFTConfig(cli.TrainConfig):
 def validate(model, tokenizer, config: SFTConfig, items: list[Item], dialogues: list[Dialogue], strategies: Strategies) -> dict:
     """The loss a token on validation turns; where the module plans, the exact scores of its strategies too."""
     model.eval()
-    total, tokens = 0.0, 0
-    for _, forest in pack(items, config.share, config.max_tokens):
-        total, tokens = total + float(sft_loss(sequence_logps(model, forest), 1)), tokens + len(forest.targets)
+    total = torch.zeros((), device=model.device)
+    for _, forest in distributed.portion(model, pack(items, config.share, config.max_tokens, distributed.size())):
+        total += sft_loss(sequence_logps(model, forest), sum(len(item.sequences[0].completion) for item in items))
     scores = {} if config.task == "rg" else planner_scores(model, tokenizer, config, dialogues, strategies)
-    return {"valid/loss": total / tokens, **scores}
+    return {"valid/loss": float(distributed.total(total)), **scores}
 
 
 def main():
@@ -49,31 +49,40 @@ def main():
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     valid = take(splits["valid"], config.eval_dialogues)
     examples = build_examples(config.task, take(splits["train"], config.train_dialogues), strategies)
-    model, tokenizer = load(config.model, config.torch_dtype, device)
+    model, tokenizer = load(config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0)
 
     def encode_all(batch: list[Example]) -> list[Item]:
         return [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], config.max_length) for e in batch]
+
+    def prepare(batch: list[Example]):
+        """The whole batch, which says what to divide by, and this rank's micro-batches of it."""
+        items = encode_all(batch)
+        return items, distributed.portion(model, pack(items, config.share, config.max_tokens, distributed.size()))
 
     if config.show_example:
         return print(mark_loss(tokenizer, encode_all(examples[:1])[0].sequences[0]))
     torch.manual_seed(config.seed)
     add_adapter(model, "sft", config.rank, config.alpha, config.dropout)
+    if config.plan:
+        steps = [pack(encode_all(batch), config.share, config.max_tokens, config.plan) for batch in all_batches(examples, config)]
+        return print(plan(model, config, steps, passes=1))
     valid_items = encode_all(build_examples(config.task, valid, strategies))
-    run = start(model, config, examples, config.folder / "sft")
-    for batch in chain(*run.epochs):
+    run = start(model, config, examples, config.folder / "sft", device)
+    for items, batches in ahead(prepare, run.batches[run.step :]):
+        begin_step(run, config)
         model.train()
-        items = encode_all(batch)
         tokens = sum(len(item.sequences[0].completion) for item in items)  # of the whole batch, before any backward
         total, nodes = 0.0, 0
-        for _, forest in pack(items, config.share, config.max_tokens):
+        for _, forest in batches:
             loss = sft_loss(sequence_logps(model, forest), tokens)
-            loss.backward()
+            (loss * distributed.size()).backward()  # FSDP averages gradients over ranks: this makes it their sum
             total, nodes = total + loss.detach(), nodes + len(forest.ids)
-        record = {"loss": float(total), **update(run, config.max_grad_norm, f"turns {items[0].id} … {items[-1].id}")}
-        log(run, record | {"nodes": nodes, "turns_cut": sum(item.turns_cut for item in items)})
-        if run.bar.n % config.eval_every == 0 or run.bar.n == run.bar.total:
+        cut = sum(item.turns_cut for item in items) / distributed.size()
+        update(run, config, {"loss": total, "nodes": nodes, "turns_cut": cut}, f"turns {items[0].id} … {items[-1].id}")
+        if due(run, config.eval_every) or run.step == len(run.batches):
             scores = validate(model, tokenizer, config, valid_items, valid, strategies)
             validated(run, model, config, scores, scores["valid/loss"])
+        survive(run, config.save_every)
     finish(run, model, config)
 
 

@@ -1,6 +1,10 @@
 """What the four scripts share about flags, errors and where things lie."""
 
+import os
+import signal
 import sys
+import time
+import traceback
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +14,7 @@ import torch
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from desc import DescError, __version__
+from desc import DescError, __version__, distributed
 from desc.files import write_json
 from desc.lora import CONFIG, save_adapter
 
@@ -33,7 +37,7 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of the frozen base model; adapters are float32")
     eval_dialogues: int = flag(0, "held-out dialogues to use, the first of their split; 0 takes all")
     max_length: int = flag(2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges")
-    max_tokens: int = flag(1024, "tree nodes in one forward pass; less needs less memory and changes no result")
+    max_tokens: int = flag(1024, "tree nodes in one forward pass; less needs less memory")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -73,8 +77,11 @@ class TrainConfig(TaskConfig):
     weight_decay: float = flag(0.0, "AdamW's, on the adapters")
     max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it")
     eval_every: int = flag(50, "steps between scores on validation dialogues")
+    save_every: int = flag(50, "steps between checkpoints; a run that was killed goes on from the last when it is started again")
+    recompute: bool = flag(False, "compute activations again in the backward pass instead of keeping them: less memory, slower")
     keep: Literal["best", "last"] = flag("best", "the adapter that later steps find; the other one lies in a folder beside it")
     compile: bool = flag(False, "compile the layers; faster after one to two minutes, so for long runs; a CPU needs g++")
+    plan: int = flag(0, "print what the run costs on that many ranks (bytes a rank, steps, tokens) without loading weights, and stop")
     show_example: bool = flag(False, "print the first example, what carries loss between » and «, and stop")
 
 
@@ -94,13 +101,25 @@ def find_adapter(folder: Path, otherwise: str) -> Path | None:
 
 
 def save_config(config, folder: Path) -> None:
-    write_json(folder / "config.json", {"desc": __version__, "torch": torch.__version__, **asdict(config)})
+    if not distributed.rank():
+        write_json(folder / "config.json", {"desc": __version__, "torch": torch.__version__, **asdict(config)})
 
 
 def save_artefact(model, config, folder: Path) -> None:
-    """The model's adapters as one, with the configuration that made it."""
+    """The model's adapters as one, with the configuration that made it. Every rank must call this; the first writes."""
     save_adapter(model, folder)
     save_config(config, folder)
+
+
+def fail(problem: str) -> None:
+    """One line and an exit status of 1, upon which torchrun ends the other ranks. A mistake that all make is told by the first."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if distributed.rank():
+        time.sleep(2)
+        problem = f"rank {distributed.rank()}: {problem}"
+    print(f"error: {problem}", file=sys.stderr)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(1)  # at once: an orderly end would wait for ranks that wait for this one
 
 
 def run(main) -> None:
@@ -110,8 +129,12 @@ def run(main) -> None:
     try:
         main()
     except DescError as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
     except OSError as error:
-        sys.exit(f"error: {error.filename or ''}: {error.strerror or error}")
+        fail(f"{error.filename or ''}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        if distributed.size() == 1:
+            raise
+        fail(traceback.format_exc())

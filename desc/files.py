@@ -10,11 +10,18 @@ from desc import DescError
 def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk: leave it as it was
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name too must outlive a power cut
+    os.close(folder)
 
 
 def write_json(path: Path, value) -> None:
@@ -32,6 +39,13 @@ def append_line(path: Path, record: dict) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def mend(path: Path) -> None:
+    """Drop a last line that a kill cut off."""
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        write_bytes(path, whole + b"\n" if whole else b"")
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -4,6 +4,7 @@ y = W x + Σ_adapters (alpha / r) B A x, with A (r, in) random, B (out, r) zero 
 fresh adapter changes nothing, to the bit.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from desc import DescError
+from desc import DescError, distributed
 from desc.files import write_bytes, write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -30,20 +31,17 @@ BEYOND = dict.fromkeys(["layer_replication", "alora_invocation_tokens", "trainab
 
 
 class Adapter(nn.Module):
-    """(alpha / r) B A dropout(x), for one linear layer; A (r, in) and B (out, r) in fp32."""
+    """What (alpha / r) B A dropout(x) needs, for one linear layer; A (r, in) and B (out, r) in fp32."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        device = linear.weight.device
-        self.A = nn.Parameter(torch.empty(rank, linear.in_features, device=device, dtype=torch.float32))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        # Drawn on the CPU: the same start on every device and rank, also where the weight has no values yet.
+        A = nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=math.sqrt(5))
+        device = torch.device("cpu") if linear.weight.is_meta else linear.weight.device
+        self.A = nn.Parameter(A.to(device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
         self.alpha, self.scale = alpha, alpha / rank
         self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x):
-        # Cast at use: the product runs in the base model's dtype, the optimizer sees fp32.
-        return F.linear(F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
 
 
 class LoRALinear(nn.Linear):
@@ -56,11 +54,19 @@ class LoRALinear(nn.Linear):
         self.off: set[str] = set()
 
     def forward(self, x):
+        """All adapters in two products, B₁A₁x + B₂A₂x = [B₁ B₂] [A₁; A₂] x. One that is off has its B put to zero and is not left
+        out, so that policy and reference run the same kernels on the same shapes, and agree to the bit where they should."""
         y = super().forward(x)
-        for name, adapter in self.adapters.items():
-            if name not in self.off:
-                y = y + adapter(x)
-        return y
+        if self.off >= self.adapters.keys():
+            return y
+        # Cast at use: the products run in the base model's dtype, the optimizer sees fp32.
+        A = [adapter.A.to(x.dtype) for adapter in self.adapters.values()]
+        B = [adapter.B * (0.0 if name in self.off else adapter.scale) for name, adapter in self.adapters.items()]
+        if any(adapter.dropout.p for adapter in self.adapters.values()):  # each has an input of its own
+            inner = torch.cat([F.linear(adapter.dropout(x), a) for adapter, a in zip(self.adapters.values(), A)], dim=-1)
+        else:
+            inner = F.linear(x, torch.cat(A))
+        return y + F.linear(inner, torch.cat(B, dim=1).to(x.dtype))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -118,14 +124,16 @@ def merge_adapters(model) -> None:
 
 def stack_adapters(layer: LoRALinear, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """All adapters of a layer as one of that scale: A (rank, in), B (out, rank), for B₁A₁ + B₂A₂ = [B₁ B₂ 0] [A₁; A₂; 0]."""
-    A = torch.cat([adapter.A for adapter in layer.adapters.values()])
-    B = torch.cat([adapter.scale / scale * adapter.B for adapter in layer.adapters.values()], dim=1)
+    A = torch.cat([distributed.whole(adapter.A) for adapter in layer.adapters.values()])
+    B = torch.cat([adapter.scale / scale * distributed.whole(adapter.B) for adapter in layer.adapters.values()], dim=1)
     spare = rank - len(A)  # where an adapter is not on every layer
     return F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
 
 
 def save_adapter(model, folder: str | Path) -> None:
-    """Write all adapters, stacked into one, as PEFT's adapter_model.safetensors and adapter_config.json (vLLM reads them too)."""
+    """Write all adapters, stacked into one, as PEFT's adapter_model.safetensors and adapter_config.json (vLLM reads them too).
+
+    Every rank must call this, for adapters may be sharded; the first writes."""
     layers, tensors = lora_layers(model), {}
     rank = max(sum(len(adapter.A) for adapter in layer.adapters.values()) for layer in layers.values())
     scales = {adapter.scale for layer in layers.values() for adapter in layer.adapters.values()}
@@ -134,6 +142,8 @@ def save_adapter(model, folder: str | Path) -> None:
         A, B = stack_adapters(layer, rank, scale)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+    if distributed.rank():
+        return
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -147,6 +157,12 @@ def save_adapter(model, folder: str | Path) -> None:
     }
     write_bytes(Path(folder) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_json(Path(folder) / CONFIG, config)
+
+
+def digest(folder: Path) -> str:
+    """Of an adapter's weights, to tell one from another; "" where none lies there."""
+    path = folder / WEIGHTS
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def _targeted(name: str, targets: list[str] | str) -> bool:

@@ -2,19 +2,27 @@
 
 import os
 import shutil
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from desc import DescError, attention, zoo
+from desc import DescError, attention, distributed, zoo
 from desc.encoding import end_of_turn
 from desc.tree import Forest, dense_mask
 
 
-def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", empty: bool = False):
     """(model, tokenizer) for "toy", "smollm2", a Hub id or a folder; safetensors only, no code from the Hub is run.
 
+    `empty` leaves the weights on the meta device, for `distributed.shard` and `read_weights` to come, or to plan with.
     Raises DescError where it cannot be had, has no chat template, or has layers that a prefix tree cannot run."""
     folder = zoo.locate(name)
     try:
@@ -25,15 +33,59 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
     if not tokenizer.chat_template:
         raise DescError(f"--model {name}: has no chat template; use an instruct model")
     _check_layers(config, name)
-    kernel = attention.register() if torch.device(device).type == "cpu" else "sdpa"
+    kernel = attention.register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True)
+        if empty:
+            with _weights_on_meta():
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise DescError(f"--model {name}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
     # A model's own sampling defaults (top_k, repetition penalty) must not leak into ours.
     stop = end_of_turn(tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
-    return model.to(device).eval(), tokenizer
+    model.name_or_path = str(folder)
+    return (model if empty else model.to(device)).eval(), tokenizer
+
+
+@contextmanager
+def _weights_on_meta():
+    """Modules made within have parameters without values; buffers (of rotary embeddings, say) are computed as ever."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:  # a tied weight is on meta already, and must stay one with its twin
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def read_weights(model) -> None:
+    """Give a sharded, empty model its values: each rank reads its own rows of each weight from the model's safetensors files.
+
+    Raises DescError where a weight is not in them."""
+    folder = Path(model.name_or_path)
+    if not folder.exists():
+        folder = Path(snapshot_download(model.name_or_path, allow_patterns="model*.safetensors"))
+    empty = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+    values = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in empty.keys() & file.keys():
+                p = empty[name]
+                local = file.get_slice(name)[distributed.rows(p)].to(p.dtype).to(p.device_mesh.device_type)
+                whole = DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+                values[id(p)] = nn.Parameter(whole, requires_grad=False)
+    read = {name: values[id(p)] for name, p in empty.items() if id(p) in values}  # both names of a tied weight
+    model.load_state_dict(read, strict=False, assign=True)
+    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise DescError(f"{folder}: its safetensors files lack {', '.join(missing[:3])} …; only one process can run this model")
 
 
 def _check_layers(config, name: str) -> None:
@@ -53,17 +105,26 @@ def compile_layers(model) -> None:
         layer.compile(dynamic=True, options={"emulate_precision_casts": True})
 
 
-def attention_mask(config, forest: Forest) -> torch.Tensor | dict[str, torch.Tensor]:
-    """The tree's mask as Transformers takes it: (1, 1, N, N) bool, or one a kind of layer where only some have a sliding window.
+def recompute_activations(model) -> None:
+    """Activation checkpointing: in training mode a layer keeps its input alone and runs again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the older name
+    enable({"use_reentrant": False})
 
-    A window counts tokens along a path, so on depth."""
-    full = dense_mask(forest)[None, None]
+
+@lru_cache(maxsize=2)  # reference and policy read the same forest
+def _mask(forest: Forest, window: int | None):
+    return dense_mask(forest, window)[None, None] if forest.ids.device.type == "cpu" else attention.flex_mask(forest, window)
+
+
+def attention_mask(config, forest: Forest):
+    """The tree's mask as the model takes it: (1, 1, N, N), dense on the CPU and in blocks elsewhere; or one a kind of layer, where
+    only some have a sliding window, which counts tokens along a path, so on depth."""
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
     if window is None or (layers and "sliding_attention" not in layers):
-        return full
-    sliding = dense_mask(forest, window)[None, None]
-    return {"full_attention": full, "sliding_attention": sliding} if layers else sliding
+        return _mask(forest, None)
+    sliding = _mask(forest, window)
+    return {"full_attention": _mask(forest, None), "sliding_attention": sliding} if layers else sliding
 
 
 def sequence_logps(model, forest: Forest) -> torch.Tensor:
@@ -80,4 +141,5 @@ def sequence_logps(model, forest: Forest) -> torch.Tensor:
         use_cache=False,
     ).logits[0]  # (M, V)
     logps = -F.cross_entropy(logits.float(), forest.targets, reduction="none")  # (M,)
-    return logps.new_zeros(forest.size).index_add(0, forest.owner, logps)  # (S,)
+    mine = torch.arange(forest.size, device=logps.device)[:, None] == forest.owner  # (S, M)
+    return mine.to(logps.dtype) @ logps  # (S,); index_add would sum in another order each time on CUDA

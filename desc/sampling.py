@@ -1,10 +1,12 @@
 """What a model would do: the exact distribution over strategies, and replies in batches."""
 
 import zlib
+from itertools import chain
 
 import torch
 from transformers import GenerationConfig
 
+from desc import distributed
 from desc.encoding import encode
 from desc.esconv import Dialogue
 from desc.modeling import sequence_logps
@@ -20,21 +22,23 @@ def seeded(*parts) -> torch.Generator:
 
 @torch.no_grad()
 def score_strategies(
-    model, tokenizer, task: str, dialogue: Dialogue, strategies: Strategies = ESCONV, max_length: int = 2048, max_tokens: int = 2048
+    model, tokenizer, task: str, dialogues: list[Dialogue], strategies: Strategies = ESCONV, max_length: int = 2048, max_tokens: int = 2048
 ) -> torch.Tensor:
     """log p(strategy | context) of every strategy at every supporter turn, human history: (T, K) fp32, rows sum to 1 in probability.
 
-    The K names are K branches at each turn of the dialogue's tree. `sp` scores "name" with its end of turn; `vanilla` scores the
+    The K names are K branches at each turn of a dialogue's tree. `sp` scores "name" with its end of turn; `vanilla` scores the
     tag "[name]" that opens its completion. Probability on anything but a name is left out by normalising."""
     texts = [f"[{name}]" if task == "vanilla" else name for name in strategies]
     items = []
-    for turn in range(len(dialogue)):
-        messages = build_messages(task, dialogue, turn, strategies=strategies)
-        items.append(encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, texts, max_length, end=task == "sp"))
-    rows = {}
-    for members, forest in pack(items, "dialogue", max_tokens):
+    for dialogue in dialogues:
+        for turn in range(len(dialogue)):
+            messages = build_messages(task, dialogue, turn, strategies=strategies)
+            items.append(encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, texts, max_length, end=task == "sp"))
+    scored = []
+    for members, forest in distributed.portion(model, pack(items, "dialogue", max_tokens)):
         logps = sequence_logps(model, forest).view(len(members), len(strategies)).log_softmax(-1).cpu()
-        rows |= zip((item.id for item in members), logps)
+        scored += zip((item.id for item in members), logps)
+    rows = dict(chain(*distributed.collect(scored))) if distributed.sharded(model) else dict(scored)
     return torch.stack([rows[item.id] for item in items])
 
 
@@ -54,7 +58,7 @@ def plan_dialogue(model, tokenizer, config, task: str, dialogue: Dialogue, strat
     """The exact distribution (T, K) at every supporter turn, as logarithms, and one strategy drawn from each of its rows.
 
     `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw together with the dialogue's id."""
-    logps = score_strategies(model, tokenizer, task, dialogue, strategies, config.max_length, config.max_tokens)
+    logps = score_strategies(model, tokenizer, task, [dialogue], strategies, config.max_length, config.max_tokens)
     probabilities = temper(logps, config.temperature, config.top_p)
     drawn = torch.multinomial(probabilities, 1, generator=seeded(config.seed, "plan", dialogue.id))[:, 0]
     return logps, [strategies.names[i] for i in drawn.tolist()]
@@ -89,7 +93,7 @@ def generate(model, tokenizer, prompts: list[list[int]], config, seed: int) -> l
         pad_token_id=pad,
         **({"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}),
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         written = model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]

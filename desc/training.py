@@ -1,24 +1,34 @@
 """Functions that the two training loops share."""
 
+import hashlib
 import math
 import random
+import shutil
+import signal
+import sys
 import time
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
-from desc import DescError
+from desc import DescError, distributed
+from desc.checkpoint import read_checkpoint, write_checkpoint
 from desc.cli import TrainConfig, save_artefact
 from desc.esconv import Dialogue
-from desc.files import append_line
+from desc.files import append_line, mend, read_lines, write_lines
 from desc.metrics import bias_of_confusion, expected_confusion, negative_log_likelihood, scores_of_confusion
-from desc.modeling import compile_layers
+from desc.modeling import compile_layers, read_weights, recompute_activations
 from desc.sampling import score_strategies, temper
 from desc.strategies import Strategies
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step
 Thing = TypeVar("Thing")  # an Example or a Pair: whatever has a .dialogue
 
 
@@ -44,85 +54,197 @@ def make_batches(things: list[Thing], batch_size: int, share: str, seed: int, ep
     return batches
 
 
-def make_schedule(optimizer, steps: int, warmup: float):
-    """The rate rises linearly over the first `warmup` share of the steps, then falls to zero along half a cosine."""
+def all_batches(things: list[Thing], config: TrainConfig) -> list[list[Thing]]:
+    """Of all epochs, one after another."""
+    return [b for epoch in range(config.epochs) for b in make_batches(things, config.batch_size, config.share, config.seed, epoch)]
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
+    """Rises linearly over the first `warmup` share of the steps, then falls to zero along half a cosine."""
     rising = max(1, round(steps * warmup))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 @dataclass
 class Run:
-    """What a training loop holds besides its model."""
+    """What a training loop holds besides its model. All of it but the bar follows from the configuration and a checkpoint."""
 
-    epochs: list[list[list]]  # epochs of batches of examples or pairs
+    batches: list[list]  # of examples or pairs, of all epochs
+    trained: dict[str, torch.nn.Parameter]  # the adapter, by name
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    bar: tqdm
-    metrics: Path  # metrics.jsonl
+    folder: Path
     best_at: Path  # where the adapter with the best validation score is kept
     last_at: Path  # and where the last one
+    settings: dict  # what a checkpoint must have been made with
+    bar: tqdm = None
+    step: int = 0  # done
     best: float = math.inf
+    pending: tuple | None = None  # the step whose numbers have not been read from the device
+    asked_to_stop: bool = False
 
 
-def start(model, config: TrainConfig, things: list[Thing], folder: Path) -> Run:
-    """Plan the batches; AdamW and its schedule for the trainable parameters; an empty metrics.jsonl in `folder`."""
+def start(model, config: TrainConfig, things: list[Thing], folder: Path, device: torch.device, more: str = "") -> Run:
+    """Plan the batches, shard the model if there are several ranks, make AdamW for the trainable parameters; go on from a checkpoint
+    that an earlier run with the same configuration, the same `things` and the same `more` left in FOLDER/checkpoints.
+
+    Raises DescError where it was made with others. From here on SIGTERM ends the run with a checkpoint, after the step at hand."""
     if config.compile:
+        if distributed.size() > 1:
+            raise DescError("--compile with several processes is not supported yet: leave it out")
         compile_layers(model)
-    epochs = [make_batches(things, config.batch_size, config.share, config.seed, epoch) for epoch in range(config.epochs)]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    steps = sum(map(len, epochs))
+    if config.recompute:
+        recompute_activations(model)
+    if distributed.size() > 1:
+        distributed.shard(model, device)
+        read_weights(model)
+    batches = all_batches(things, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     best_at, last_at = (folder, folder / "last") if config.keep == "best" else (folder / "best", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
-    print(f"{config.model}, {len(things)} turns in {steps} steps, into {folder}")
-    bar = tqdm(total=steps, desc=f"{folder.name} {config.task}", dynamic_ncols=True)
-    return Run(epochs, optimizer, make_schedule(optimizer, steps, config.warmup), bar, folder / "metrics.jsonl", best_at, last_at)
+    settings = asdict(config) | {"input": hashlib.sha256(f"{things}{more}".encode()).hexdigest()}
+    del settings["save_every"]
+    run = Run(batches, trained, optimizer, folder, best_at, last_at, settings)
+    resume(run)
+    print(f"{config.model}, {len(things)} turns in {len(batches)} steps, into {folder}" + (f", from step {run.step} on" if run.step else ""))
+    run.bar = tqdm(total=len(batches), initial=run.step, desc=f"{folder.name} {config.task}", dynamic_ncols=True, disable=distributed.rank() > 0)
+
+    def ask_to_stop(*_):
+        run.asked_to_stop = True
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    return run
+
+
+def resume(run: Run) -> None:
+    """Take over the newest checkpoint; without one begin a new metrics.jsonl."""
+    metrics = run.folder / "metrics.jsonl"
+    found = read_checkpoint(run.folder / "checkpoints", run.settings)
+    if len(set(chain(*distributed.collect([found and found[0]["digest"]])))) > 1:
+        raise DescError(f"the ranks see different checkpoints in {run.folder}: --out must be a disk that all of them share")
+    if found is None:
+        if not distributed.rank():
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            write_lines(metrics, [])
+        return
+    facts, tensors = found
+    run.step, run.best = facts["step"], facts["best"]
+    for name, p in run.trained.items():
+        distributed.place(p, tensors[name])
+        moments = {key: torch.zeros_like(p) for key in MOMENTS}
+        for key in MOMENTS:
+            distributed.place(moments[key], tensors[f"{key}.{name}"])
+        run.optimizer.state[p] = {"step": torch.tensor(float(run.step), device=p.device), **moments}
+    if not distributed.rank():
+        mend(metrics)
+        write_lines(metrics, [record for record in read_lines(metrics) if record["step"] <= run.step])
+
+
+def ahead(prepare: Callable, batches: list) -> Iterator:
+    """prepare(batch) of each, made in a thread while the caller trains on the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for batch in batches:
+            ready, coming = coming, pool.submit(prepare, batch)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
+
+
+def begin_step(run: Run, config: TrainConfig) -> None:
+    """Dropout depends on seed, step and rank alone: a resumed run draws what an uninterrupted one draws."""
+    torch.manual_seed(zlib.crc32(f"{config.seed}/{run.step}/{distributed.rank()}".encode()))
+
+
+def update(run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], batch: str) -> None:
+    """Clip, step, forget the gradients. `sums` are this rank's part of what to log.
+
+    They are read one step later, so that a GPU never waits for the CPU; a gradient that is not finite is noticed then, before
+    anything of it is saved."""
+    rate = learning_rate(run.step, len(run.batches), config.warmup, config.lr)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    norm = torch.nn.utils.clip_grad_norm_(run.trained.values(), config.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    settle(run)
+    values = [v.float() if torch.is_tensor(v) else torch.full((), float(v), device=norm.device) for v in sums.values()]
+    values = torch.cat([distributed.total(torch.stack(values)), distributed.whole(norm)[None]]).to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if norm.is_cuda else None
+    if copied:
+        copied.record()
+    run.pending = run.step, rate, dict(zip([*sums, "grad_norm"], values)), copied, batch
+
+
+def settle(run: Run) -> None:
+    """Write the pending step's numbers. Raises DescError where one is not finite."""
+    if run.pending is None:
+        return
+    (step, rate, numbers, copied, batch), run.pending = run.pending, None
+    if copied:
+        copied.synchronize()
+    if not all(map(math.isfinite, numbers.values())):
+        raise DescError(f"step {step}: the loss or the gradient of {batch} is not finite; lower --lr, or look at these turns")
+    log(run, step, {name: float(number) for name, number in numbers.items()} | {"lr": rate})
+
+
+def log(run: Run, step: int, record: dict) -> None:
+    """One line into metrics.jsonl. The bar shows a step's loss, and validation scores stay above it."""
+    if distributed.rank():
+        return
+    append_line(run.folder / "metrics.jsonl", {"time": round(time.time(), 1), "step": step, **record})
+    if "loss" in record:
+        run.bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+        run.bar.update(step - run.bar.n)
+    else:
+        run.bar.write("  ".join([f"step {step}"] + [f"{k} {v:.4f}" for k, v in record.items()]))
+
+
+def due(run: Run, every: int) -> bool:
+    """Every so many steps; 0 is never."""
+    return every > 0 and run.step % every == 0
 
 
 def validated(run: Run, model, config: TrainConfig, scores: dict, score: float) -> None:
     """Log validation scores, and keep the adapter where `score` is the lowest so far."""
-    log(run, scores)
-    if score < run.best:
+    settle(run)
+    log(run, run.step, scores)
+    if distributed.anyone(score < run.best):
         run.best = score
         save_artefact(model, config, run.best_at)
 
 
+def survive(run: Run, every: int) -> None:
+    """A checkpoint every so many steps, and on SIGTERM, which then ends the program."""
+    stop = distributed.anyone(run.asked_to_stop)
+    if not due(run, every) and not stop:
+        return
+    settle(run)
+    tensors = {}
+    for name, p in run.trained.items():
+        for key, tensor in {name: p.detach(), **{f"{key}.{name}": run.optimizer.state[p][key] for key in MOMENTS}}.items():
+            tensor = distributed.whole(tensor)  # on every rank
+            if not distributed.rank():
+                tensors[key] = tensor.cpu()
+    if tensors:
+        write_checkpoint(run.folder / "checkpoints", {"step": run.step, "best": run.best, "settings": run.settings}, tensors)
+    if stop:
+        distributed.barrier()  # when one rank ends, torchrun ends the others: not before the checkpoint is written
+        run.bar.close()
+        print(f"stopped after step {run.step} of {len(run.batches)}; the same command goes on from there")
+        sys.exit(128 + signal.SIGTERM)
+
+
 def finish(run: Run, model, config: TrainConfig) -> None:
+    settle(run)
     run.bar.close()
     save_artefact(model, config, run.last_at)
-    print(f"best validation score {run.best:.4f}; the adapter that later steps find ({config.keep}) is in {run.metrics.parent}")
-
-
-def update(run: Run, max_norm: float, batch: str) -> dict[str, float]:
-    """Clip, step, forget the gradients; returns the rate and the gradients' norm.
-
-    Raises DescError, before stepping, where the norm is not finite, which it is not either after a loss that is none."""
-    rate = run.schedule.get_last_lr()[0]
-    norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], max_norm))
-    if not math.isfinite(norm):
-        raise DescError(f"step {run.bar.n + 1}: the gradient of {batch} is not finite; lower --lr, or look at these turns")
-    run.optimizer.step()
-    run.schedule.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.bar.update()
-    return {"lr": rate, "grad_norm": norm}
-
-
-def log(run: Run, record: dict) -> None:
-    """One line into metrics.jsonl. The bar shows a step's loss, and validation scores stay above it."""
-    record = {"step": run.bar.n, **record}
-    append_line(run.metrics, {"time": round(time.time(), 1), **record})
-    if "loss" in record:
-        run.bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-    else:
-        run.bar.write("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+    if not distributed.rank():
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    print(f"best validation score {run.best:.4f}; the adapter that later steps find ({config.keep}) is in {run.folder}")
 
 
 def take(things: list[Thing], count: int) -> list[Thing]:
@@ -133,11 +255,7 @@ def take(things: list[Thing], count: int) -> list[Thing]:
 def planner_scores(model, tokenizer, config: TrainConfig, dialogues: list[Dialogue], strategies: Strategies) -> dict[str, float]:
     """The planner's exact scores on dialogues: negative log-likelihood of the gold strategy at T = 1, and accuracy, Q and B of the
     confusion matrix that sampling at the paper's T 0.7, top_p 0.95 has on average."""
-    logps = [
-        score_strategies(model, tokenizer, config.task, dialogue, strategies, config.max_length, config.max_tokens)
-        for dialogue in dialogues
-    ]
-    logps = torch.cat(logps)
+    logps = score_strategies(model, tokenizer, config.task, dialogues, strategies, config.max_length, config.max_tokens)
     gold = [dialogue.supporter(turn).strategy for dialogue in dialogues for turn in range(len(dialogue))]
     counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), gold, strategies)
     scores = scores_of_confusion(counts)

@@ -11,7 +11,7 @@ own, at the same position: log-probabilities and gradients are the same.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os.path import commonprefix
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from desc.encoding import Item, Sequence
 
 SHARING = ("dialogue", "pair", "none")
+PADDING = 512  # nodes, on a GPU; FlexAttention wants multiples of 128
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,13 @@ class Forest:
     owner: torch.Tensor  # (M,) the sequence it belongs to
     size: int  # S
 
-    def to(self, device) -> "Forest":
-        return Forest(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)[:-1]), self.size)
+    def to(self, device: torch.device) -> "Forest":
+        """On its way to a GPU it is padded, for FlexAttention is compiled for few lengths, and pinned, so that nobody waits for the copy."""
+        forest = self
+        if device.type == "cuda" and not self.ids.is_cuda:
+            forest = pad(self, PADDING)
+            forest = Forest(*(getattr(forest, f.name).pin_memory() for f in fields(self)[:-1]), self.size)
+        return Forest(*(getattr(forest, f.name).to(device, non_blocking=True) for f in fields(self)[:-1]), self.size)
 
 
 def grow(sequences: list[Sequence]) -> Forest:
@@ -83,18 +89,21 @@ def plant(items: list[Item], share: str) -> Forest:
     return join([grow([sequence]) for item in items for sequence in item.sequences])
 
 
-def pack(items: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item], Forest]]:
+def pack(items: list[Item], share: str, max_tokens: int, ranks: int = 1) -> list[tuple[list[Item], Forest]]:
     """Cut a batch into micro-batches of at most `max_tokens` nodes, or twice the longest sequence where that is more.
 
-    Items of one dialogue are planted together when sharing by dialogue, in an order that keeps sub-trees whole if they must be cut."""
+    Items of one dialogue are planted together when sharing by dialogue, in an order that keeps sub-trees whole if they must be cut.
+    Trees are not laid together where that would leave one of the `ranks` without work."""
     groups: dict[object, list[Item]] = {}
     for item in items:
         groups.setdefault(item.dialogue if share == "dialogue" else id(item), []).append(item)
+    planted = list(_fit(groups.values(), share, max_tokens))
+    most = min(max_tokens, sum(len(forest.ids) for _, forest in planted) // ranks)
     batches, room = [], 0
-    for group, forest in _fit(groups.values(), share, max_tokens):
+    for group, forest in planted:
         if len(forest.ids) > room:
             batches.append(([], []))
-            room = max_tokens
+            room = max(most, len(forest.ids))
         batches[-1][0].extend(group)
         batches[-1][1].append(forest)
         room -= len(forest.ids)
@@ -113,10 +122,42 @@ def _fit(groups: Iterable[list[Item]], share: str, max_tokens: int):
             yield from _fit((group[: len(group) // 2], group[len(group) // 2 :]), share, max_tokens)
 
 
+def deal(batches: list[tuple[list[Item], Forest]], ranks: int) -> list[list[tuple[list[Item], Forest]]]:
+    """Micro-batches -> each rank's: about as many nodes, and exactly as many forwards, for ranks that share a model wait for each other.
+
+    What is missing is made up by a forest of one node and no sequence, whose loss and gradient are zero."""
+    each, hands = -(-len(batches) // ranks), [[] for _ in range(ranks)]
+    nodes = [0] * ranks
+    for batch in sorted(batches, key=lambda batch: -len(batch[1].ids)):  # the largest first, each to the rank with least to do
+        rank = min((r for r in range(ranks) if len(hands[r]) < each), key=nodes.__getitem__)
+        hands[rank].append(batch)
+        nodes[rank] += len(batch[1].ids)
+    blank = Forest(*(torch.tensor(values, dtype=torch.int64) for values in ([0], [0], [1], [], [], [])), 0)
+    return [hand + [([], blank)] * (each - len(hand)) for hand in hands]
+
+
+def pad(forest: Forest, multiple: int) -> Forest:
+    """Lone nodes after the last, up to a multiple, so that kernels compiled for a length meet few of them. No number changes."""
+    nodes = len(forest.ids)
+    extra = -nodes % multiple
+    zeros = forest.ids.new_zeros(extra)
+    ends = torch.arange(nodes + 1, nodes + extra + 1, device=forest.ids.device)
+    ids, depth, end = (torch.cat(parts) for parts in ((forest.ids, zeros), (forest.depth, zeros), (forest.end, ends)))
+    return replace(forest, ids=ids, depth=depth, end=end)
+
+
+def sees(forest: Forest, window: int | None = None):
+    """The mask as a rule on node numbers: (query, key) -> bool. With `window`, only the last `window` tokens of the query's path."""
+    end, depth = forest.end, forest.depth
+
+    def rule(query, key):
+        visible = (key <= query) & (query < end[key])
+        return visible if window is None else visible & (depth[query] - depth[key] < window)
+
+    return rule
+
+
 def dense_mask(forest: Forest, window: int | None = None) -> torch.Tensor:
-    """(N, N) bool, [q, k] true where query q may attend to key k; with `window`, only the last `window` tokens of its path."""
+    """(N, N) bool, [q, k] true where query q may attend to key k."""
     node = torch.arange(len(forest.ids), device=forest.ids.device)
-    mask = (node[None, :] <= node[:, None]) & (node[:, None] < forest.end[None, :])
-    if window is not None:
-        mask &= forest.depth[:, None] - forest.depth[None, :] < window
-    return mask
+    return sees(forest, window)(node[:, None], node[None, :])

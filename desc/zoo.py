@@ -45,6 +45,8 @@ def _cached(name: str, make) -> str:
                 if not folder.exists():
                     os.replace(Path(temporary) / name, folder)
         except OSError as error:
+            if folder.exists():  # another process was faster
+                return str(folder)
             raise DescError(f"--model {name}: cannot be written to {folder} ({error}); set DESC_CACHE to a folder with room") from None
     return str(folder)
 

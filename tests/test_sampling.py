@@ -28,7 +28,7 @@ def test_temper_by_hand():
 def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
     model, tokenizer = toy
     dialogue = sample[0]
-    scored = score_strategies(model, tokenizer, task, dialogue, max_tokens=700)
+    scored = score_strategies(model, tokenizer, task, [dialogue], max_tokens=700)
     turn = len(dialogue) - 1
     texts = [name if task == "sp" else f"[{name}]" for name in ESCONV]
     item = encode(tokenizer, "", "", build_messages(task, dialogue, turn), texts, 2048, end=task == "sp")

@@ -7,26 +7,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(script, *flags, cwd=ROOT, fails=False):
-    """The script's standard output, or, where it should fail, its standard error."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, cwd=cwd)
-    assert bool(done.returncode) is fails, done.stderr
-    return done.stderr if fails else done.stdout
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
+from scripts import ROOT, command, lines, run
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
@@ -57,7 +42,7 @@ def test_artefacts_hold_what_made_them(out, task):
         config = json.loads((out / task / stage / "config.json").read_text())
         assert config["task"] == task and config["model"] == "toy"
         assert json.loads((out / task / stage / "adapter_config.json").read_text())["r"] == rank
-    assert not list(out.rglob("*.tmp")) and not (out / task / "mining.jsonl").exists()
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob("mining*"))
     for pair in lines(out / task / "pairs.jsonl"):
         assert pair["chosen"] != pair["rejected"] and pair["id"] == f"{task}/{pair['dialogue']}/{pair['turn']}"
 
@@ -89,8 +74,8 @@ def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
     whole = (out / "sp" / "pairs.jsonl").read_bytes()
     (tmp_path / "sp").mkdir()
     os.symlink(out / "sp" / "sft", tmp_path / "sp" / "sft")
-    command = [sys.executable, ROOT / "mine_preferences.py", *map(str, flags), "--max-new-tokens", "6", "--out", str(tmp_path)]
-    killed, journal = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), tmp_path / "sp" / "mining.jsonl"
+    mine = command("mine_preferences.py", *flags, "--max-new-tokens", 6, "--out", tmp_path)
+    killed, journal = subprocess.Popen(mine, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), tmp_path / "sp" / "mining.0.jsonl"
     while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
@@ -99,7 +84,7 @@ def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
         file.write(b'{"split": "train", "dialo')  # a line that the kill cut off
     said = run("mine_preferences.py", *flags, "--max-new-tokens", 7, "--out", tmp_path, fails=True)
     assert "was begun with another max_new_tokens" in said
-    subprocess.run(command, check=True, capture_output=True)
+    run("mine_preferences.py", *flags, "--max-new-tokens", 6, "--out", tmp_path)
     mined = lines(tmp_path / "sp" / "pairs.jsonl")
     assert mined == [json.loads(line) for line in whole.splitlines()]
 

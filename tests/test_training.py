@@ -1,18 +1,22 @@
 """pytest tests/test_training.py"""
 
 import math
+import time
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import lines
 
 from desc import DescError
 from desc.encoding import encode
 from desc.lora import adapter_off, add_adapter, lora_layers
 from desc.losses import dpo_loss, sft_loss
-from desc.modeling import compile_layers, load, sequence_logps
+from desc.modeling import compile_layers, load, recompute_activations, sequence_logps
+from desc.plan import memory, plan
 from desc.prompts import build_examples
-from desc.training import make_batches, make_schedule, update
+from desc.training import Run, ahead, learning_rate, make_batches, settle, survive, update
 from desc.tree import SHARING, pack
 
 
@@ -34,25 +38,50 @@ def test_batches_are_exact_otherwise():
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, things)) and sum(batches, []) != things
 
 
-def test_schedule_by_hand():
-    """10 steps, warm-up 0.2: rising over 2 steps (1/2, 1), then ½(1 + cos(π i / 8)) for i = 0 … 7."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule, rates = make_schedule(optimizer, 10, 0.2), []
-    for _ in range(10):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+def test_learning_rate_by_hand():
+    """10 steps, warm-up 0.2: rising over 2 steps (1/2, 1), then ½(1 + cos(π i / 8)) for i = 0 … 7; all times the peak, 2."""
+    rates = [learning_rate(step, 10, 0.2, 2.0) for step in range(10)]
+    assert rates == pytest.approx([1.0, 2.0] + [1 + math.cos(math.pi * i / 8) for i in range(8)])
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=1.0)
+def make_run(tmp_path, weight):
+    optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0)
+    bar = SimpleNamespace(n=0, set_postfix=lambda **_: None, update=lambda _: None)
+    return Run([[]] * 10, {"w": weight}, optimizer, tmp_path, tmp_path, tmp_path, {}, bar)
+
+
+def test_a_step_by_hand(tmp_path):
+    """A gradient (3, 4) of norm 5 is cut to norm 1; AdamW's first step then moves each weight by the rate against the gradient's sign.
+    The numbers are written one step later."""
+    weight, config = torch.nn.Parameter(torch.ones(2)), SimpleNamespace(warmup=0.1, lr=0.5, max_grad_norm=1.0)
+    run = make_run(tmp_path, weight)
+    weight.grad = torch.tensor([3.0, -4.0])
+    update(run, config, {"loss": torch.tensor(7.0), "nodes": 11}, "turns 1 … 2")
+    assert weight.tolist() == pytest.approx([0.5, 1.5], abs=1e-5) and weight.grad is None and run.step == 1
+    assert not (tmp_path / "metrics.jsonl").exists()
+    settle(run)
+    (record,) = lines(tmp_path / "metrics.jsonl")
+    del record["time"]
+    assert record == pytest.approx({"step": 1, "loss": 7.0, "nodes": 11.0, "grad_norm": 5.0, "lr": 0.5})
+
+
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
+    weight, config = torch.nn.Parameter(torch.ones(2)), SimpleNamespace(warmup=0.1, lr=0.5, max_grad_norm=1.0)
+    run = make_run(tmp_path, weight)
     weight.grad = torch.tensor([1.0, float("nan")])
-    run = SimpleNamespace(optimizer=optimizer, schedule=make_schedule(optimizer, 1, 0), bar=SimpleNamespace(n=4))
-    with pytest.raises(DescError, match="step 5: the gradient of pairs 3 … 4 is not finite"):
-        update(run, 1.0, "pairs 3 … 4")
-    assert weight.tolist() == [1.0, 1.0]
+    update(run, config, {"loss": torch.tensor(1.0)}, "pairs 3 … 4")
+    with pytest.raises(DescError, match="step 1: the loss or the gradient of pairs 3 … 4 is not finite"):
+        survive(run, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_batch_is_prepared_while_the_caller_works():
+    prepared = []
+    seen = []
+    for ready in ahead(lambda batch: prepared.append(batch) or batch * 10, [1, 2, 3]):
+        time.sleep(0.05)
+        seen.append((ready, list(prepared)))
+    assert seen == [(10, [1, 2]), (20, [1, 2, 3]), (30, [1, 2, 3])] and list(ahead(str, [])) == []
 
 
 def batch_gradient(share, max_tokens, loss_of, items):
@@ -91,6 +120,46 @@ def test_any_cut_of_a_batch_gives_the_same_step(toy, sample, kind):
     for _, loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][1], abs=1e-5)
         torch.testing.assert_close(gradient, results[0][2], atol=1e-5, rtol=1e-3)
+
+
+def test_activations_computed_again_give_the_same_gradients(toy, sample):
+    examples = build_examples("sp", sample[10:11])[:3]
+    items = [encode(toy[1], str(e.turn), e.dialogue, e.messages, [e.completion], 2048) for e in examples]
+    ((_, forest),) = pack(items, "dialogue", 2000)
+    gradients = []
+    for again in (False, True):
+        model = deepcopy(toy[0])
+        torch.manual_seed(0)
+        add_adapter(model, "a", rank=4)
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.adapters["a"].B, std=0.05)
+        if again:
+            recompute_activations(model)
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        sequence_logps(model.train(), forest).sum().backward()
+        assert len(calls) == 1 + again
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 1e-3
+
+
+def test_plan_by_hand(sample):
+    """The toy: 4 bytes a weight of the base and of the adapters, 12 more for what is trained, halved on two ranks; three turns read
+    as one tree."""
+    model, tokenizer = load("toy", torch.float32, empty=True)
+    assert all(p.is_meta for p in model.parameters()) and not model.model.rotary_emb.inv_freq.is_meta
+    base = sum(p.numel() for p in model.parameters())
+    add_adapter(model, "a", rank=4)
+    adapter = sum(4 * (layer.in_features + layer.out_features) for layer in lora_layers(model).values())
+    examples = build_examples("sp", sample[10:11])[:3]
+    items = [encode(tokenizer, str(e.turn), e.dialogue, e.messages, [e.completion], 2048) for e in examples]
+    batches = pack(items, "dialogue", 2000)
+    config = SimpleNamespace(plan=2, torch_dtype=torch.float32, dropout=0.0, recompute=False)
+    sizes = memory(model, config, [forest for _, forest in batches])
+    assert sizes["weights"] == 2 * base and sizes["adapters"] == 2 * adapter and sizes["gradients, optimizer"] == 6 * adapter
+    said = plan(model, config, [batches], passes=2)
+    nodes, alone = len(batches[0][1].ids), sum(len(s.prompt) + len(s.completion) - 1 for item in items for s in item.sequences)
+    assert f"{nodes:9,}   ({alone / nodes:.1f} times" in said and f"{2 * nodes:9,}   forwards" in said
 
 
 @pytest.mark.slow

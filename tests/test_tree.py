@@ -24,6 +24,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from desc import DescError, attention
@@ -32,7 +33,7 @@ from desc.esconv import load_dialogues
 from desc.lora import add_adapter
 from desc.modeling import load, sequence_logps
 from desc.prompts import build_examples
-from desc.tree import SHARING, dense_mask, grow, join, pack, plant
+from desc.tree import SHARING, dense_mask, grow, join, pack, plant, pad
 
 HAND = [Sequence([1, 2], [3, 4]), Sequence([1, 2], [5]), Sequence([1, 2, 6, 7], [8, 9]), Sequence([9], [1])]
 
@@ -45,8 +46,9 @@ def one_by_one(model, sequences):
     """The oracle: each sequence in a plain forward of its own, − cross_entropy summed over its completion: (S,)."""
     logps = []
     for prompt, completion in sequences:
-        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        logps.append(-F.cross_entropy(logits.float(), torch.tensor(completion), reduction="sum"))
+        ids = torch.tensor([prompt + completion], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        logps.append(-F.cross_entropy(logits.float(), ids[0, len(prompt) :], reduction="sum"))
     return torch.stack(logps)
 
 
@@ -328,7 +330,7 @@ def test_block_attention_equals_sdpa(block, monkeypatch):
         nodes = mask.shape[-1]
         torch.manual_seed(0)
         query, key, value = (torch.randn(1, heads, nodes, 8, requires_grad=True) for heads in (4, 2, 2))
-        output, _ = attention.block_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+        output = attention.block_attention(query, key, value, mask, scaling=0.3)
         pairs = [x.repeat_interleave(2, dim=1) for x in (key, value)]
         expected = F.scaled_dot_product_attention(query, *pairs, attn_mask=mask, scale=0.3).transpose(1, 2)
         assert output.shape == expected.shape == (1, nodes, 4, 8)
@@ -341,3 +343,43 @@ def test_block_attention_equals_sdpa(block, monkeypatch):
 def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 3)
     assert_same(adapted, random_items(1), "dialogue")
+
+
+# --- FlexAttention, on CUDA; its uncompiled forward runs on the CPU --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_block_mask_is_the_dense_mask(seed, window, monkeypatch):
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
+    forest = pad(grow(flat(random_items(seed))), 128)
+    nodes = len(forest.ids)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, nodes, 16) for heads in (6, 2, 2))
+    mask = attention.flex_mask(forest, window)
+    output, _ = attention.tree_attention(None, query, key, value, mask, 0.3)
+    expected = attention.block_attention(query, key, value, dense_mask(forest, window)[None, None], 0.3)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    assert mask.shape == (1, 1, nodes, nodes)
+
+
+def test_padding_changes_no_number(adapted):
+    forest = grow(flat(random_items(0)))
+    padded = pad(forest, 64)
+    assert len(padded.ids) % 64 == 0 and pad(padded, 64).ids.equal(padded.ids)
+    assert dense_mask(padded)[len(forest.ids) :].sum(-1).eq(1).all()  # a lone node sees itself
+    torch.testing.assert_close(sequence_logps(adapted, padded), sequence_logps(adapted, forest), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_cuda_flex_attention_equals_the_stock_model(kind, toy, tmp_path):
+    """Log-probabilities, and gradients of the embeddings."""
+    stock = build(configure(kind, head_dim=16)).cuda()
+    stock.save_pretrained(tmp_path)
+    toy[1].save_pretrained(tmp_path)
+    model, sequences = load(str(tmp_path), torch.float32, "cuda")[0], flat(random_items(0, vocabulary=50))
+    ours, theirs = sequence_logps(model, grow(sequences)), one_by_one(stock, sequences)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+    gradients = [torch.autograd.grad(y.sum(), m.get_input_embeddings().weight)[0] for y, m in ((ours, model), (theirs, stock))]
+    torch.testing.assert_close(*gradients, atol=1e-2, rtol=1e-2)

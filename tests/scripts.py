@@ -1,0 +1,26 @@
+"""Running the project's scripts as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(script, *flags, ranks=1) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)]
+
+
+def run(script, *flags, cwd=ROOT, fails=False, ranks=1):
+    """The script's standard output, or, where it should fail, its standard error."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the models are tiny: threads would only get in each other's way
+    done = subprocess.run(command(script, *flags, ranks=ranks), capture_output=True, text=True, cwd=cwd, env=environment)
+    assert bool(done.returncode) is fails, done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
