@@ -13,9 +13,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from desc import attention, cli, report, zoo
-from desc.encoding import Item, encode
+from desc.encoding import Item
+from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
 from desc.modeling import compile_layers
+from desc.strategies import read_strategies
+from desc.training import take
 
 SHAPES = {  # random weights, SmolLM2's tokenizer
     "qwen2.5-7b": dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
@@ -36,16 +39,6 @@ class Config(cli.TaskConfig):
     first: int = cli.flag(0, "examples to use, the first; 0 takes all")
     contender: str | None = cli.flag(None, "run this one alone and print JSON (what the others are started with)")
     adapter: str | None = cli.flag(None, "folder of the adapter that all start from")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One turn with the answers to read."""
-
-    name: str
-    dialogue: str
-    messages: list[dict]
-    answers: list[str]
 
 
 def make_tokenizer(config):
@@ -77,9 +70,8 @@ def sharing(config) -> str:
     return "dialogue" if config.contender == "compiled" else config.contender
 
 
-def encode_all(config, tasks: list[Task]) -> list[Item]:
-    tokenizer = make_tokenizer(config)
-    return [encode(tokenizer, t.name, t.dialogue, t.messages, t.answers, config.max_length) for t in tasks]
+def training_dialogues(config) -> list[Dialogue]:
+    return load_splits(config.data, config.split_file, read_strategies(config.strategies), config.seed)["train"]
 
 
 def now() -> float:
@@ -114,8 +106,8 @@ def time_ours(config, read) -> float:
     return min(seconds)
 
 
-def train_trl(config, trainer_class, settings_class, rows: list[dict], tokens: int, models=tuple, **more) -> dict:
-    """TRL over all rows, bf16; and the loss of the first few in fp32, for which models() are further models that the trainer takes."""
+def train_trl(config, trainer_class, settings_class, rows: list[dict], items: list[Item], models=tuple, **more) -> dict:
+    """TRL over all rows, which are `items` to us, bf16; and the loss of the first few in fp32, for which models() are further models that the trainer takes."""
     import peft
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -150,6 +142,7 @@ def train_trl(config, trainer_class, settings_class, rows: list[dict], tokens: i
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         make(rows, config.batch_size, torch.bfloat16, folder).train()
+        tokens = sum(len(s.prompt) + len(s.completion) for item in items for s in item.sequences)
         result = {"seconds": clock.seconds, "memory": memory(), "tokens": tokens}
         trainer = make(rows[:CHECKED], CHECKED, torch.float32, folder, *models())
         (batch,) = trainer.get_train_dataloader()
@@ -157,15 +150,16 @@ def train_trl(config, trainer_class, settings_class, rows: list[dict], tokens: i
             return result | {"loss": float(trainer.compute_loss(trainer.model, batch))}
 
 
-def compete(make_tasks, ours, trl, passes: int, unit: str) -> None:
+def compete(make, ours, trl, passes: int, unit: str) -> None:
     """The main program: every contender in a process of its own, one after another, then the table.
 
+    make(config, dialogues) gives the examples or pairs; ours and trl take (config, those).
     `passes` counts how often the products with the weights are done for a token that is read: forwards, and the input's gradient."""
     config = cli.parse(Config)
     if config.contender:
-        tasks, peak = make_tasks(config)[: config.first or None], matrix_peak()
-        result = trl(config, tasks) if config.contender == "trl" else ours(config, tasks)
-        return print(json.dumps(result | {"count": len(tasks), "peak": peak}))
+        things, peak = take(make(config, training_dialogues(config)[: config.dialogues]), config.first), matrix_peak()
+        result = trl(config, things) if config.contender == "trl" else ours(config, things)
+        return print(json.dumps(result | {"count": len(things), "peak": peak}))
 
     def start(*flags) -> dict:
         command = [sys.executable, *sys.argv, "--adapter", folder, *map(str, flags)]

@@ -14,11 +14,13 @@ counted are the products with the weights) and the fp32 loss of the first pairs.
 import random
 
 import torch
-from contest import CHECKED, Task, compete, encode_all, make_model, memory, our_model, sharing, time_ours, train_trl
+from contest import CHECKED, compete, make_model, make_tokenizer, memory, our_model, sharing, time_ours, train_trl
 
-from desc.esconv import load_splits
+from desc.encoding import Item, encode
+from desc.esconv import Dialogue
 from desc.lora import adapter_off
 from desc.losses import dpo_loss
+from desc.mining import Pair
 from desc.modeling import sequence_logps
 from desc.prompts import build_examples
 from desc.strategies import read_strategies
@@ -27,17 +29,20 @@ from desc.tree import pack
 BETA = 0.5
 
 
-def make_pairs(config) -> list[Task]:
+def make_pairs(config, dialogues: list[Dialogue]) -> list[Pair]:
     """The human answer and, for sp, a wrong strategy, else what was said at another turn."""
-    strategies = read_strategies(config.strategies)
-    dialogues = load_splits(config.data, config.split_file, strategies, config.seed)["train"][: config.dialogues]
-    examples, draw = build_examples(config.task, dialogues, strategies), random.Random(config.seed)
-    pairs = []
+    strategies, draw = read_strategies(config.strategies), random.Random(config.seed)
+    examples, pairs = build_examples(config.task, dialogues, strategies), []
     for e in examples:
         others = strategies.names if config.task == "sp" else [other.completion for other in examples]
         rejected = draw.choice([text for text in others if text != e.completion])
-        pairs.append(Task(f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion, rejected]))
+        name = f"{e.dialogue}/{e.turn}"
+        pairs.append(Pair(name, config.task, e.dialogue, e.turn, "", "made up", e.messages, e.completion, rejected))
     return pairs
+
+
+def encode_pairs(config, tokenizer, pairs: list[Pair]) -> list[Item]:
+    return [encode(tokenizer, p.id, p.dialogue, p.prompt, [p.chosen, p.rejected], config.max_length) for p in pairs]
 
 
 def losses_of(model, forest) -> torch.Tensor:
@@ -47,8 +52,8 @@ def losses_of(model, forest) -> torch.Tensor:
     return dpo_loss(policy[0::2], policy[1::2], reference[0::2], reference[1::2], BETA)[0]
 
 
-def ours(config, pairs: list[Task]) -> dict:
-    model, items = our_model(config), encode_all(config, pairs)
+def ours(config, pairs: list[Pair]) -> dict:
+    model, items = our_model(config), encode_pairs(config, make_tokenizer(config), pairs)
 
     def read():
         for _, forest in pack(items, sharing(config), config.max_tokens):
@@ -62,19 +67,16 @@ def ours(config, pairs: list[Task]) -> dict:
         return result | {"loss": float(losses_of(our_model(config, torch.float32), forest).mean())}
 
 
-def trl(config, pairs: list[Task]) -> dict:
+def trl(config, pairs: list[Pair]) -> dict:
     from trl import DPOConfig, DPOTrainer
 
-    def say(text):
-        return [{"role": "assistant", "content": text}]
-
-    rows = [{"prompt": p.messages, "chosen": say(p.answers[0]), "rejected": say(p.answers[1])} for p in pairs]
-    tokens = sum(len(s.prompt) + len(s.completion) for item in encode_all(config, pairs) for s in item.sequences)
+    rows = [{key: pair.record()[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs]
 
     def base():  # for the loss alone: without it TRL's reference is a copy of the adapter, and every loss is ln 2
         return (make_model(config, torch.float32, "sdpa"),)
 
-    return train_trl(config, DPOTrainer, DPOConfig, rows, tokens, base, beta=BETA)
+    items = encode_pairs(config, make_tokenizer(config), pairs)
+    return train_trl(config, DPOTrainer, DPOConfig, rows, items, base, beta=BETA)
 
 
 if __name__ == "__main__":

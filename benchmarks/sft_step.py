@@ -7,25 +7,28 @@ As benchmarks/dpo_step.py, which see. The loss is that of the completions alone.
 """
 
 import torch
-from contest import CHECKED, Task, compete, encode_all, memory, our_model, sharing, time_ours, train_trl
+from contest import CHECKED, compete, make_tokenizer, memory, our_model, sharing, time_ours, train_trl
 
-from desc.esconv import load_splits
+from desc.encoding import Item, encode
+from desc.esconv import Dialogue
 from desc.losses import sft_loss
 from desc.modeling import sequence_logps
-from desc.prompts import build_examples
+from desc.prompts import Example, build_examples
 from desc.strategies import read_strategies
 from desc.tree import pack
 
 
-def make_turns(config) -> list[Task]:
-    strategies = read_strategies(config.strategies)
-    dialogues = load_splits(config.data, config.split_file, strategies, config.seed)["train"][: config.dialogues]
-    examples = build_examples(config.task, dialogues, strategies)
-    return [Task(f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion]) for e in examples]
+def make_turns(config, dialogues: list[Dialogue]) -> list[Example]:
+    return build_examples(config.task, dialogues, read_strategies(config.strategies))
 
 
-def ours(config, turns: list[Task]) -> dict:
-    model, items = our_model(config), encode_all(config, turns)
+def encode_turns(config, turns: list[Example]) -> list[Item]:
+    tokenizer = make_tokenizer(config)
+    return [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], config.max_length) for e in turns]
+
+
+def ours(config, turns: list[Example]) -> dict:
+    model, items = our_model(config), encode_turns(config, turns)
     tokens = sum(len(s.completion) for item in items for s in item.sequences)
 
     def read():
@@ -40,12 +43,11 @@ def ours(config, turns: list[Task]) -> dict:
         return result | {"loss": float(sft_loss(sequence_logps(our_model(config, torch.float32), forest), len(forest.targets)))}
 
 
-def trl(config, turns: list[Task]) -> dict:
+def trl(config, turns: list[Example]) -> dict:
     from trl import SFTConfig, SFTTrainer
 
-    rows = [{"prompt": t.messages, "completion": [{"role": "assistant", "content": t.answers[0]}]} for t in turns]
-    tokens = sum(len(s.prompt) + len(s.completion) for item in encode_all(config, turns) for s in item.sequences)
-    return train_trl(config, SFTTrainer, SFTConfig, rows, tokens, completion_only_loss=True)
+    rows = [{"prompt": e.messages, "completion": [{"role": "assistant", "content": e.completion}]} for e in turns]
+    return train_trl(config, SFTTrainer, SFTConfig, rows, encode_turns(config, turns), completion_only_loss=True)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def _utterance(record, where: str, strategies: Strategies) -> Turn:
 def split(dialogues: list[Dialogue], split_file: str | None = None, seed: int = 0) -> dict[str, list[Dialogue]]:
     """{"train", "valid", "test"}: as `split_file` says ({"train": [index, …], …}), otherwise a seeded 8:1:1.
 
-    Raises DescError where the split file is malformed, names a dialogue twice or one that is not there."""
+    Raises DescError where the split file is malformed, leaves a split empty, names a dialogue twice or one that is not there."""
     if split_file is None:
         if len(dialogues) < 3:
             raise DescError(f"{len(dialogues)} dialogues cannot be split in train, valid and test; give at least 3")
@@ -149,7 +149,9 @@ def split(dialogues: list[Dialogue], split_file: str | None = None, seed: int = 
     else:
         (parts,) = _records(Path(split_file))[:1] or [None]
         for name in SPLITS:
-            for i in _field(parts, name, list, split_file):
+            if not _field(parts, name, list, split_file):
+                raise DescError(f"{split_file}: {name} is empty")
+            for i in parts[name]:
                 if type(i) is not int or not 0 <= i < len(dialogues):
                     raise DescError(f"{split_file}: {name}: {i!r} is no index into {len(dialogues)} dialogues")
         chosen = [i for name in SPLITS for i in parts[name]]

@@ -102,7 +102,8 @@ def compile_layers(model) -> None:
     if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         raise DescError("--compile needs a C++ compiler on a CPU: install g++, or leave the flag out")
     for layer in model.get_submodule("model.layers"):
-        layer.compile(dynamic=True, options={"emulate_precision_casts": True})
+        # its forward alone: the hooks by which FSDP gathers weights stay outside
+        layer.forward = torch.compile(layer.forward, dynamic=True, options={"emulate_precision_casts": True})
 
 
 def recompute_activations(model) -> None:

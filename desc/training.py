@@ -91,8 +91,6 @@ def start(model, config: TrainConfig, things: list[Thing], folder: Path, device:
 
     Raises DescError where it was made with others. From here on SIGTERM ends the run with a checkpoint, after the step at hand."""
     if config.compile:
-        if distributed.size() > 1:
-            raise DescError("--compile with several processes is not supported yet: leave it out")
         compile_layers(model)
     if config.recompute:
         recompute_activations(model)

@@ -53,20 +53,23 @@ def single(tmp_path_factory):
     return pipeline(tmp_path_factory.mktemp("single"), 1)
 
 
-def pipeline(out, ranks):
+def pipeline(out, ranks, *more):
     flags = ("--task", "sp", *FLAGS, "--out", out)
-    run("train_sft.py", *flags, "--train-dialogues", 5, "--lr", 3e-3, "--epochs", 1, "--batch-size", 14, ranks=ranks)
+    run("train_sft.py", *flags, *more, "--train-dialogues", 5, "--lr", 3e-3, "--epochs", 1, "--batch-size", 14, ranks=ranks)
     mine = [flag for flag in flags if flag not in ("--dropout", 0)]
     run("mine_preferences.py", *mine, "--train-dialogues", 5, ranks=ranks)
-    run("train_dpo.py", *flags, "--lr", 3e-3, "--batch-size", 14, "--eval-every", 2, ranks=ranks)
+    run("train_dpo.py", *flags, *more, "--lr", 3e-3, "--batch-size", 14, "--eval-every", 2, ranks=ranks)
     run("evaluate.py", *mine[2:], "--reply-dialogues", -1, ranks=ranks)
     return out
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_do_what_one_process_does(single, tmp_path, ranks):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("ranks, more", [(2, ()), pytest.param(3, (), marks=SLOW), pytest.param(2, ("--compile", "--recompute"), marks=SLOW)])
+def test_ranks_do_what_one_process_does(single, tmp_path, ranks, more):
     """Batches of one or two dialogues, the last one smaller: some rank often has nothing to do, with three always."""
-    out = pipeline(tmp_path, ranks)
+    out = pipeline(tmp_path, ranks, *more)
     same_adapter(single / "sp" / "sft", out / "sp" / "sft", 2e-5)
     for name in ("pairs.jsonl", "pairs.valid.jsonl"):
         assert (out / "sp" / name).read_bytes() == (single / "sp" / name).read_bytes()

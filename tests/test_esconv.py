@@ -330,6 +330,7 @@ BAD_SPLITS = {
     "doubled within": ('{"train": [0, 0], "valid": [1], "test": [2]}', "two places"),
     "doubled across": ('{"train": [0, 1], "valid": [1], "test": [2]}', "two places"),
     "no valid": ('{"train": [0], "dev": [1], "test": [2]}', "'valid' is missing", "'dev'"),
+    "empty split": ('{"train": [], "valid": [1], "test": [2]}', "train is empty"),
     "no list": ('{"train": 0, "valid": [1], "test": [2]}', "'train'", "a list"),
     "a list": ("[0, 1, 2]", "an object"),
     "empty list": ("[]", "an object"),

@@ -338,6 +338,7 @@ def test_block_attention_equals_sdpa(block, monkeypatch):
         direction = torch.randn_like(output)
         ours, theirs = (torch.autograd.grad((y * direction).sum(), (query, key, value)) for y in (output, expected))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.library.opcheck(attention.block_attention, (query, key, value, mask, 0.3))  # shapes, strides and autograd as declared
 
 
 def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
