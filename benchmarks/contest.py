@@ -2,6 +2,7 @@
 
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,9 +32,9 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 @dataclass
 class Config(cli.TaskConfig):
-    dialogues: int = cli.flag(2, "training dialogues whose turns are read")
+    dialogues: int = cli.flag(2, "training dialogues whose turns are read, of typical lengths")
     contenders: str = cli.flag("compiled,dialogue,pair,none,trl", "which to run; compiled is dialogue with --compile")
-    repeats: int = cli.flag(3, "times that ours reads all of it when sharing by dialogue; the fastest counts")
+    repeats: int = cli.flag(3, "times that ours reads all of it when sharing by dialogue; the median counts")
     tries: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "TRL's batch sizes to try, each on one batch"})
     batch_size: int = cli.flag(0, "TRL's; 0 tries some")
     first: int = cli.flag(0, "examples to use, the first; 0 takes all")
@@ -74,6 +75,12 @@ def training_dialogues(config) -> list[Dialogue]:
     return load_splits(config.data, config.split_file, read_strategies(config.strategies), config.seed)["train"]
 
 
+def typical(dialogues: list[Dialogue], count: int) -> list[Dialogue]:
+    """So many, evenly spaced in the order of length: of two, the ones longer than a quarter and than three quarters of all."""
+    ordered = sorted(dialogues, key=len)
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
+
+
 def now() -> float:
     if CUDA:
         torch.cuda.synchronize()
@@ -97,13 +104,13 @@ def matrix_peak() -> float:
 
 
 def time_ours(config, read) -> float:
-    """The fastest of some readings; without sharing one must do, it takes long."""
+    """The median of some readings; without sharing one must do, it takes long."""
     seconds = []
     for _ in range(config.repeats if sharing(config) == "dialogue" else 1):
         begin = now()
         read()
         seconds.append(now() - begin)
-    return min(seconds)
+    return statistics.median(seconds)
 
 
 def train_trl(config, trainer_class, settings_class, rows: list[dict], items: list[Item], models=tuple, **more) -> dict:
@@ -157,7 +164,7 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
     `passes` counts how often the products with the weights are done for a token that is read: forwards, and the input's gradient."""
     config = cli.parse(Config)
     if config.contender:
-        things, peak = take(make(config, training_dialogues(config)[: config.dialogues]), config.first), matrix_peak()
+        things, peak = take(make(config, typical(training_dialogues(config), config.dialogues)), config.first), matrix_peak()
         result = trl(config, things) if config.contender == "trl" else ours(config, things)
         return print(json.dumps(result | {"count": len(things), "peak": peak}))
 

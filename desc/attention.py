@@ -21,7 +21,8 @@ from desc import DescError
 from desc.tree import Forest, sees
 
 NAME = "desc_tree"
-BLOCK = 256  # queries at a time, on the CPU
+BLOCK = 192  # queries at a time, on the CPU
+SPARSE = 1.3  # keys that lie nearly in a run are read as one, for that is cheaper than to gather them
 
 
 @cache
@@ -64,17 +65,20 @@ class ByAddress:
 
 
 @lru_cache(maxsize=2)  # every layer is given the same mask, or one of two
-def _cut(key: ByAddress, dtype: torch.dtype) -> list[tuple[slice, Tensor, Tensor]]:
+def _cut(key: ByAddress, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor, Tensor]]:
     mask, blocks = key.tensor, []
     for start in range(0, mask.shape[-1], BLOCK):
         visible = mask[0, 0, start : start + BLOCK]  # (b, N)
         seen = visible.any(0).nonzero()[:, 0]
-        hidden = torch.zeros(len(visible), len(seen), dtype=dtype).masked_fill_(~visible[:, seen], -torch.inf)
+        run = slice(int(seen[0]), int(seen[-1]) + 1)
+        if run.stop - run.start < SPARSE * len(seen):
+            seen = run
+        hidden = torch.zeros(visible[:, seen].shape, dtype=dtype).masked_fill_(~visible[:, seen], -torch.inf)
         blocks.append((slice(start, start + len(visible)), seen, hidden))
     return blocks
 
 
-def cut(mask: Tensor, dtype: torch.dtype) -> list[tuple[slice, Tensor, Tensor]]:
+def cut(mask: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor, Tensor]]:
     """A bool mask (1, 1, N, N) in blocks of b queries: which they are, the L keys that one of them may see, and 0 or −∞ (b, L)."""
     return _cut(ByAddress(mask), dtype)
 
