@@ -20,6 +20,7 @@ from desc.esconv import Dialogue, load_splits
 from desc.files import write_json, write_lines
 from desc.lora import adapter_off, load_adapter
 from desc.modeling import load
+from desc.prompts import TASKS
 from desc.report import frequency_row, summarise, table
 from desc.sampling import plan_dialogue, write_dialogue
 from desc.strategies import Strategies, read_strategies
@@ -53,7 +54,7 @@ def load_stages(model, config: EvalConfig, modules: tuple[str, ...]) -> list[str
 
 def answer(model, tokenizer, config: EvalConfig, stage: str, modules, dialogue: Dialogue, strategies: Strategies, reply: bool) -> dict:
     """What one system says at every turn of a dialogue; a strategy is None where a freely written one could not be parsed."""
-    names = {f"{module}-{other}" for module in ("sp", "rg", "vanilla") for other in ("sft", "dpo")}
+    names = {f"{module}-{other}" for module in TASKS for other in ("sft", "dpo")}
     planner, generator = modules[0], modules[-1]
     logps, written = None, None
     with adapter_off(model, *names - {f"{planner}-{stage}"}):

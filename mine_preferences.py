@@ -5,10 +5,12 @@
 
 The module answers every supporter turn of the training and validation dialogues on the human history (T 0.7, top_p 0.95, one sample,
 as the paper does). sp: the strategy, drawn from the exact distribution over all names; a pair wherever it is not the human's. rg: the
-reply, under the human strategy. vanilla: both. Writes OUT/TASK/pairs.jsonl and pairs.valid.jsonl; killed and run again it goes on where
-it was. Mining on test dialogues would leak, so they are never mined.
+reply, under the human strategy; any that differs from the human's makes a pair, for there is no annotator yet. vanilla: both. Writes
+OUT/TASK/pairs.jsonl and pairs.valid.jsonl; killed and run again it goes on where it was. Mining on test dialogues would leak, so they
+are never mined.
 """
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -54,6 +56,7 @@ def main():
 
     model, tokenizer = load(config.model, config.torch_dtype, device)
     settings = json.loads(json.dumps(asdict(config))) | {"adapter": digest(config.folder / "sft")}
+    settings["input"] = hashlib.sha256(f"{work}{strategies}".encode()).hexdigest()
     if cli.find_adapter(config.folder / "sft", f"mines the base model; first run train_sft.py --task {config.task}"):
         load_adapter(model, config.folder / "sft", "sft")
 

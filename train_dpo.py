@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from desc import cli, distributed
-from desc.encoding import Item, encode, mark_loss
+from desc.encoding import Item, mark_loss
 from desc.esconv import Dialogue, load_splits
 from desc.lora import adapter_off, add_adapter, digest, load_adapter
 from desc.losses import dpo_loss
-from desc.mining import Pair, read_pairs
+from desc.mining import Pair, encode_pair, read_pairs
 from desc.modeling import load, sequence_logps
 from desc.plan import plan
 from desc.strategies import Strategies, read_strategies
@@ -68,8 +68,9 @@ def score_reference(model, batches) -> dict[str, list[float]]:
     return dict(chain(*distributed.collect(list(chain(*scored)))))
 
 
-def look_up(known: dict[str, list[float]], members: list[Item], device) -> torch.Tensor:
-    return torch.tensor([logp for item in members for logp in known[item.id]], device=device)
+def look_up(known: dict[str, list[float]], members: list[Item], device: torch.device) -> torch.Tensor:
+    values = torch.tensor([logp for item in members for logp in known[item.id]])
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def measure(policy: torch.Tensor, reference: torch.Tensor, config: DPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +104,7 @@ def main():
     model, tokenizer = load(config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0)
 
     def encode_all(batch: list[Pair]) -> list[Item]:
-        return [encode(tokenizer, p.id, p.dialogue, p.prompt, [p.chosen, p.rejected], config.max_length) for p in batch]
+        return [encode_pair(tokenizer, pair, config.max_length) for pair in batch]
 
     def prepare(batch: list[Pair]):
         """The whole batch and this rank's micro-batches of it."""
@@ -113,13 +114,12 @@ def main():
     if config.show_example:
         return print("\n\n".join(mark_loss(tokenizer, sequence) for sequence in encode_all(pairs[:1])[0].sequences))
     sft = Path(config.sft) if config.sft else config.folder / "sft"
-    if cli.find_adapter(sft, f"the reference is the base model; first run train_sft.py --task {config.task}"):
+    if config.sft or cli.find_adapter(sft, f"the reference is the base model; first run train_sft.py --task {config.task}"):
         load_adapter(model, sft, "sft")
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout)
     if config.plan:
-        steps = [pack(encode_all(batch), config.share, config.max_tokens, config.plan) for batch in all_batches(pairs, config)]
-        return print(plan(model, config, steps, passes=2))
+        return print(plan(model, config, map(encode_all, all_batches(pairs, config)), passes=2))
     run = start(model, config, pairs, config.folder / "dpo", device, digest(sft))
     _, valid_batches = prepare(valid_pairs)
     known = score_reference(model, valid_batches)
@@ -141,7 +141,8 @@ def main():
             reference = look_up(known, members, device) if config.epochs > 1 else reference_logps(model, forest)
             model.train()
             policy = sequence_logps(model, forest)
-            assert run.step or torch.equal(policy.nan_to_num(), reference.nan_to_num()), "the policy differs from its reference before the first step"
+            same = run.step or torch.equal(policy.nan_to_num(), reference.nan_to_num())
+            assert same, "the policy differs from its reference before the first step"
             loss, seen = measure(policy, reference, config)
             (loss / len(items) * distributed.size()).backward()  # FSDP averages gradients over ranks: this makes it their sum
             sums, nodes = sums + seen, nodes + len(forest.ids)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from desc import cli, distributed
-from desc.encoding import Item, encode, mark_loss
+from desc.encoding import Item, encode_example, mark_loss
 from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter
 from desc.losses import sft_loss
@@ -52,7 +52,7 @@ def main():
     model, tokenizer = load(config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0)
 
     def encode_all(batch: list[Example]) -> list[Item]:
-        return [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], config.max_length) for e in batch]
+        return [encode_example(tokenizer, example, config.max_length) for example in batch]
 
     def prepare(batch: list[Example]):
         """The whole batch, which says what to divide by, and this rank's micro-batches of it."""
@@ -64,8 +64,7 @@ def main():
     torch.manual_seed(config.seed)
     add_adapter(model, "sft", config.rank, config.alpha, config.dropout)
     if config.plan:
-        steps = [pack(encode_all(batch), config.share, config.max_tokens, config.plan) for batch in all_batches(examples, config)]
-        return print(plan(model, config, steps, passes=1))
+        return print(plan(model, config, map(encode_all, all_batches(examples, config)), passes=1))
     valid_items = encode_all(build_examples(config.task, valid, strategies))
     run = start(model, config, examples, config.folder / "sft", device)
     for items, batches in ahead(prepare, run.batches[run.step :]):

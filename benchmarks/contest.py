@@ -20,6 +20,7 @@ from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
 from desc.modeling import compile_layers
 from desc.strategies import read_strategies
 from desc.training import take
+from desc.tree import pack
 
 SHAPES = {  # random weights, SmolLM2's tokenizer
     "qwen2.5-7b": dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
@@ -51,10 +52,9 @@ def make_model(config, dtype, kernel: str):
     if config.model in SHAPES:
         torch.manual_seed(0)
         shape = dict(SHAPES[config.model])
+        shape = AutoConfig.for_model(shape.pop("model_type"), **shape)
         with DEVICE:
-            return AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(shape.pop("model_type"), **shape), dtype=dtype, attn_implementation=kernel
-            )
+            return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=kernel)
     return AutoModelForCausalLM.from_pretrained(zoo.locate(config.model), dtype=dtype, attn_implementation=kernel).to(DEVICE)
 
 
@@ -65,10 +65,6 @@ def our_model(config, dtype=torch.bfloat16):
     if config.contender == "compiled":
         compile_layers(model)
     return model
-
-
-def sharing(config) -> str:
-    return "dialogue" if config.contender == "compiled" else config.contender
 
 
 def training_dialogues(config) -> list[Dialogue]:
@@ -103,18 +99,24 @@ def matrix_peak() -> float:
     return 2 * len(a) ** 3 / min(times)
 
 
-def time_ours(config, read) -> float:
-    """The median of some readings; without sharing one must do, it takes long."""
+def read_ours(config, items: list[Item], loss_of) -> dict:
+    """Ours over all items, bf16; and the loss of the first few in fp32. loss_of(model, forest, items) is a part of theirs."""
+    model, share = our_model(config), "dialogue" if config.contender == "compiled" else config.contender
+    batches = [(members, forest.to(DEVICE)) for members, forest in pack(items, share, config.max_tokens)]
     seconds = []
-    for _ in range(config.repeats if sharing(config) == "dialogue" else 1):
+    for _ in range(config.repeats if share == "dialogue" else 1):  # without sharing one must do, it takes long
         begin = now()
-        read()
+        for _, forest in batches:
+            loss_of(model, forest, items).backward()
         seconds.append(now() - begin)
-    return statistics.median(seconds)
+    result = {"seconds": statistics.median(seconds), "memory": memory(), "tokens": sum(len(forest.ids) for _, forest in batches)}
+    ((_, forest),) = pack(items[:CHECKED], "dialogue", 10**9)
+    with torch.no_grad():
+        return result | {"loss": float(loss_of(our_model(config, torch.float32), forest, items[:CHECKED]))}
 
 
 def train_trl(config, trainer_class, settings_class, rows: list[dict], items: list[Item], models=tuple, **more) -> dict:
-    """TRL over all rows, which are `items` to us, bf16; and the loss of the first few in fp32, for which models() are further models that the trainer takes."""
+    """TRL over all rows, which are `items` to us, bf16; and the loss of the first few in fp32, where the trainer gets models(), too."""
     import peft
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -175,7 +177,8 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(config, torch.bfloat16, "sdpa")
-        products = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head"))
+        layers = model.model.layers.named_modules()
+        products = sum(m.weight.numel() for _, m in layers if isinstance(m, nn.Linear))
         add_adapter(model, "dpo")
         for layer in lora_layers(model).values():
             nn.init.normal_(layer.adapters["dpo"].B, std=0.01)  # so that policy and reference differ

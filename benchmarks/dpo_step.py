@@ -14,17 +14,17 @@ counted are the products with the weights) and the fp32 loss of the first pairs.
 import random
 
 import torch
-from contest import CHECKED, compete, make_model, make_tokenizer, memory, our_model, sharing, time_ours, train_trl
+from contest import compete, make_model, make_tokenizer, read_ours, train_trl
 
-from desc.encoding import Item, encode
+from desc.encoding import Item
 from desc.esconv import Dialogue
 from desc.lora import adapter_off
 from desc.losses import dpo_loss
-from desc.mining import Pair
+from desc.mining import Pair, encode_pair
 from desc.modeling import sequence_logps
 from desc.prompts import build_examples
 from desc.strategies import read_strategies
-from desc.tree import pack
+from desc.tree import Forest
 
 BETA = 0.5
 
@@ -42,29 +42,18 @@ def make_pairs(config, dialogues: list[Dialogue]) -> list[Pair]:
 
 
 def encode_pairs(config, tokenizer, pairs: list[Pair]) -> list[Item]:
-    return [encode(tokenizer, p.id, p.dialogue, p.prompt, [p.chosen, p.rejected], config.max_length) for p in pairs]
+    return [encode_pair(tokenizer, pair, config.max_length) for pair in pairs]
 
 
-def losses_of(model, forest) -> torch.Tensor:
+def loss_of(model, forest: Forest, items: list[Item]) -> torch.Tensor:
     with torch.no_grad(), adapter_off(model, "dpo"):
         reference = sequence_logps(model, forest)
     policy = sequence_logps(model, forest)
-    return dpo_loss(policy[0::2], policy[1::2], reference[0::2], reference[1::2], BETA)[0]
+    return dpo_loss(policy[0::2], policy[1::2], reference[0::2], reference[1::2], BETA)[0].sum() / len(items)
 
 
 def ours(config, pairs: list[Pair]) -> dict:
-    model, items = our_model(config), encode_pairs(config, make_tokenizer(config), pairs)
-
-    def read():
-        for _, forest in pack(items, sharing(config), config.max_tokens):
-            (losses_of(model, forest.to(model.device)).sum() / len(items)).backward()
-
-    seconds = time_ours(config, read)
-    tokens = sum(len(forest.ids) for _, forest in pack(items, sharing(config), config.max_tokens))
-    result = {"seconds": seconds, "memory": memory(), "tokens": tokens}
-    ((_, forest),) = pack(items[:CHECKED], "dialogue", 10**9)
-    with torch.no_grad():
-        return result | {"loss": float(losses_of(our_model(config, torch.float32), forest).mean())}
+    return read_ours(config, encode_pairs(config, make_tokenizer(config), pairs), loss_of)
 
 
 def trl(config, pairs: list[Pair]) -> dict:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from contest import CUDA, DEVICE, now, training_dialogues
-from dpo_step import encode_pairs, losses_of, make_pairs
+from dpo_step import encode_pairs, loss_of, make_pairs
 
 from desc import cli, report
 from desc.esconv import Dialogue
@@ -29,7 +29,7 @@ from desc.modeling import load
 from desc.tree import SHARING, pack
 
 SAMPLED = 6  # pairs that stand for a dialogue's where they are read one by one
-STEPS = 6  # with each number of processes; the first two are not counted
+STEPS = 6  # with each number of processes, about; the first two are not counted
 SCRIPT = Path(__file__).parents[1] / "train_dpo.py"
 
 
@@ -49,10 +49,11 @@ def cost_of_dialogue(model, tokenizer, config, dialogue: Dialogue, share: str) -
     """(seconds, tokens) of reference, policy and backward over all of its pairs."""
     pairs = make_pairs(config, [dialogue])
     some = pairs if share == "dialogue" else pairs[:: max(1, len(pairs) // SAMPLED)]
-    forests = [forest.to(model.device) for _, forest in pack(encode_pairs(config, tokenizer, some), share, config.max_tokens)]
+    items = encode_pairs(config, tokenizer, some)
+    forests = [forest.to(DEVICE) for _, forest in pack(items, share, config.max_tokens)]
     begin = now()
     for forest in forests:
-        losses_of(model, forest).sum().backward()
+        loss_of(model, forest, items).backward()
     weight = len(pairs) / len(some)
     return weight * (now() - begin), round(weight * sum(len(forest.ids) for forest in forests))
 
@@ -73,11 +74,12 @@ def seconds_a_step(config, processes: int) -> float:
         write_lines(Path(folder) / "pairs.jsonl", pairs)
         write_lines(Path(folder) / "pairs.valid.jsonl", pairs[:1])
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, SCRIPT, "--task", config.task]
-        command += ["--model", config.model, "--pairs", folder, "--out", folder, "--eval-dialogues", 1, "--dropout", 0]
+        command += ["--pairs", folder, "--out", folder, "--eval-dialogues", 1, "--dropout", 0]
+        command += ["--model", config.model, "--dtype", config.dtype, "--max-length", config.max_length, "--max-tokens", config.max_tokens]
         threads = {} if CUDA else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))}
         subprocess.run([sys.executable, *map(str, command)], check=True, env=os.environ | threads, stdout=subprocess.DEVNULL)
         records = [json.loads(line) for line in (Path(folder) / config.task / "dpo" / "metrics.jsonl").open()]
-    times = [record["time"] for record in records if "loss" in record][1:]
+    times = [record["time"] for record in records if "loss" in record][:-1]  # the last waits for a validation
     return statistics.median(later - earlier for earlier, later in zip(times, times[1:]))
 
 
@@ -87,7 +89,7 @@ def draw(config, costs: dict[str, list[tuple[float, int]]], steps: list[float]) 
     _, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), width_ratios=(2, 1), layout="constrained")
     for share, points in costs.items():
         left.plot(config.turns, [seconds for seconds, _ in points], "o-", label=f"--share {share}")
-    left.set(xlabel="supporter turns of the dialogue", ylabel="seconds a dialogue", yscale="log", title=f"DPO, {config.task}: cost of a dialogue")
+    left.set(xlabel="supporter turns of the dialogue", ylabel="seconds a dialogue", yscale="log", title=f"DPO, {config.task}")
     left.legend(frameon=False)
     right.bar(list(map(str, config.processes)), steps, color="tab:blue")
     right.set(xlabel="processes on one machine", ylabel="seconds a step", title="train_dpo.py")

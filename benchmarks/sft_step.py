@@ -7,15 +7,15 @@ As benchmarks/dpo_step.py, which see. The loss is that of the completions alone.
 """
 
 import torch
-from contest import CHECKED, compete, make_tokenizer, memory, our_model, sharing, time_ours, train_trl
+from contest import compete, make_tokenizer, read_ours, train_trl
 
-from desc.encoding import Item, encode
+from desc.encoding import Item, encode_example
 from desc.esconv import Dialogue
 from desc.losses import sft_loss
 from desc.modeling import sequence_logps
 from desc.prompts import Example, build_examples
 from desc.strategies import read_strategies
-from desc.tree import pack
+from desc.tree import Forest
 
 
 def make_turns(config, dialogues: list[Dialogue]) -> list[Example]:
@@ -24,23 +24,15 @@ def make_turns(config, dialogues: list[Dialogue]) -> list[Example]:
 
 def encode_turns(config, turns: list[Example]) -> list[Item]:
     tokenizer = make_tokenizer(config)
-    return [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], config.max_length) for e in turns]
+    return [encode_example(tokenizer, turn, config.max_length) for turn in turns]
+
+
+def loss_of(model, forest: Forest, items: list[Item]) -> torch.Tensor:
+    return sft_loss(sequence_logps(model, forest), sum(len(s.completion) for item in items for s in item.sequences))
 
 
 def ours(config, turns: list[Example]) -> dict:
-    model, items = our_model(config), encode_turns(config, turns)
-    tokens = sum(len(s.completion) for item in items for s in item.sequences)
-
-    def read():
-        for _, forest in pack(items, sharing(config), config.max_tokens):
-            sft_loss(sequence_logps(model, forest.to(model.device)), tokens).backward()
-
-    seconds = time_ours(config, read)
-    nodes = sum(len(forest.ids) for _, forest in pack(items, sharing(config), config.max_tokens))
-    result = {"seconds": seconds, "memory": memory(), "tokens": nodes}
-    ((_, forest),) = pack(items[:CHECKED], "dialogue", 10**9)
-    with torch.no_grad():
-        return result | {"loss": float(sft_loss(sequence_logps(our_model(config, torch.float32), forest), len(forest.targets)))}
+    return read_ours(config, encode_turns(config, turns), loss_of)
 
 
 def trl(config, turns: list[Example]) -> dict:

@@ -1,10 +1,9 @@
 """Attention over a tree: FlexAttention on CUDA, block by block on the CPU.
 
-FlexAttention skips the blocks of 128 × 128 that a tree's mask hides; it has no backward on the CPU. There a block of queries meets only
-the keys that one of its queries may see: in depth-first order those are the block's own branches and their ancestors, so other branches
-and other dialogues cost next to nothing. Forwards that is SDPA on each block. SDPA's backward is slow on the CPU, so ours computes the
-weights once more and is written out: with SmolLM2 a DPO step of 1,633 nodes takes 6.6 s, and 9.0 s with weights kept from a forward
-in plain products.
+FlexAttention skips the blocks of 128 × 128 that a tree's mask hides; it has no backward on the CPU. There a block of queries meets
+little more than the keys that one of its queries may see: in depth-first order those are the block's own branches and their ancestors,
+so other branches and other dialogues cost next to nothing. Forwards that is SDPA on each block. SDPA's backward is slow on the CPU, so
+ours is written out; it computes the weights once more, which keeps less and makes a DPO step 1.3 times as fast as plain products did.
 """
 
 from functools import cache, lru_cache
@@ -79,14 +78,16 @@ def _cut(key: ByAddress, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor
 
 
 def cut(mask: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor, Tensor]]:
-    """A bool mask (1, 1, N, N) in blocks of b queries: which they are, the L keys that one of them may see, and 0 or −∞ (b, L)."""
+    """A bool mask (1, 1, N, N) in blocks of b queries: which they are, the L keys that they meet, and 0 or −∞ (b, L)."""
     return _cut(ByAddress(mask), dtype)
 
 
 # Custom operators: what they do depends on the tree, so torch.compile must neither look inside nor break a layer's graph there.
 @torch.library.custom_op("desc::block_attention", mutates_args=())
 def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """softmax(scaling · q kᵀ) v, block by block: query (1, H, N, D), key and value (1, G, N, D), bool mask (1, 1, N, N) -> (1, N, H, D)."""
+    """softmax(scaling · q kᵀ) v, block by block.
+
+    query (1, H, N, D), key and value (1, G, N, D), bool mask (1, 1, N, N) -> (1, N, H, D)."""
     output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
     for block, seen, hidden in cut(mask, query.dtype):
         k, v = key[:, :, seen], value[:, :, seen]

@@ -1,11 +1,12 @@
 """What the four scripts share about flags, errors and where things lie."""
 
+import math
 import os
 import signal
 import sys
 import time
 import traceback
-from argparse import RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,8 @@ from transformers.utils import logging
 from desc import DescError, __version__, distributed
 from desc.files import write_json
 from desc.lora import CONFIG, save_adapter
+from desc.prompts import TASKS
+from desc.tree import SHARING
 
 
 def flag(default, text: str):
@@ -37,7 +40,7 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of the frozen base model; adapters are float32")
     eval_dialogues: int = flag(0, "held-out dialogues to use, the first of their split; 0 takes all")
     max_length: int = flag(2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges")
-    max_tokens: int = flag(1024, "tree nodes in one forward pass; less needs less memory")
+    max_tokens: int = flag(1024, "tree nodes in one forward pass, or twice the longest sequence where that is more; less needs less memory")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,7 +60,7 @@ class SampleConfig(Config):
 class TaskConfig(Config):
     """Flags of the scripts that work on one module."""
 
-    task: Literal["sp", "rg", "vanilla"] = field(kw_only=True, metadata={"help": "planner, generator, or both in one model"})
+    task: Literal[TASKS] = field(kw_only=True, metadata={"help": "planner, generator, or both in one model"})
 
     @property
     def folder(self) -> Path:
@@ -69,7 +72,7 @@ class TrainConfig(TaskConfig):
     """Flags of both training scripts."""
 
     batch_size: int = flag(32, "examples (SFT) or pairs (DPO) in a step; with --share dialogue whole dialogues, as near to it as they come")
-    share: Literal["dialogue", "pair", "none"] = flag("dialogue", "which equal prefixes are read once; the loss of given examples is the same")
+    share: Literal[SHARING] = flag("dialogue", "which equal prefixes are read once; the loss of given examples is the same")
     rank: int = flag(16, "LoRA's r")
     alpha: float = flag(16, "LoRA's alpha; the update is scaled by alpha / rank")
     dropout: float = flag(0.05, "on the input of the adapters that are trained")
@@ -85,19 +88,36 @@ class TrainConfig(TaskConfig):
     show_example: bool = flag(False, "print the first example, what carries loss between » and «, and stop")
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the description as it is."""
+
+
+RANGES = dict.fromkeys(["batch_size", "epochs", "rank", "max_length", "max_tokens", "max_new_tokens"], (1, math.inf))
+RANGES |= dict.fromkeys(["train_dialogues", "eval_dialogues", "eval_pairs", "eval_every", "save_every", "plan", "show"], (0, math.inf))
+RANGES |= {"reply_dialogues": (-1, math.inf), "lr": (0, math.inf), "temperature": (0, math.inf), "top_p": (1e-6, 1)}
+RANGES |= {"dropout": (0, 0.99), "warmup": (0, 1), "label_smoothing": (0, 0.5)}
+
+
 def parse(kind):
-    """A configuration from the command line; an unknown flag ends the program with a usage message."""
-    parser = HfArgumentParser(kind, description=sys.modules["__main__"].__doc__, formatter_class=RawDescriptionHelpFormatter)
-    return kind(**vars(parser.parse_args()))
+    """A configuration from the command line. An unknown flag ends the program with a usage message.
+
+    Raises DescError where a number is out of range."""
+    parser = HfArgumentParser(kind, description=sys.modules["__main__"].__doc__, formatter_class=HelpFormatter)
+    config = kind(**vars(parser.parse_args()))
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(config, name, low) <= high:
+            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise DescError(f"--{name.replace('_', '-')} {getattr(config, name)}: should be {allowed}")
+    return config
 
 
-def find_adapter(folder: Path, otherwise: str) -> Path | None:
-    """`folder` where an adapter lies there; else None, saying what happens then and how to come by one."""
+def find_adapter(folder: Path, otherwise: str) -> bool:
+    """Whether an adapter lies in `folder`. Says so, or what happens without one and how to come by it."""
     if (folder / CONFIG).exists():
         print(f"uses the adapter {folder}")
-        return folder
+        return True
     print(f"finds no adapter in {folder}: {otherwise}")
-    return None
+    return False
 
 
 def save_config(config, folder: Path) -> None:
@@ -131,7 +151,7 @@ def run(main) -> None:
     except DescError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename or ''}: {error.strerror or error}")
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:

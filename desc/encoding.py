@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 
 from desc import DescError
-from desc.prompts import Messages, drop_oldest
+from desc.prompts import Example, Messages, drop_oldest
 
 
 class Sequence(NamedTuple):
@@ -79,6 +79,12 @@ def encode(
         if kept is None:
             raise DescError(f"{name}: the latest turn alone has more than {max_length} tokens; raise --max-length")
     return Item(name, dialogue, [Sequence(prompt, tail) for tail in tails], cut)
+
+
+def encode_example(tokenizer, example: Example, max_length: int) -> Item:
+    """One supporter turn with the human answer, for SFT."""
+    name = f"{example.dialogue}/{example.turn}"
+    return encode(tokenizer, name, example.dialogue, example.messages, [example.completion], max_length)
 
 
 def mark_loss(tokenizer, sequence: Sequence) -> str:

@@ -40,7 +40,7 @@ class Adapter(nn.Module):
         device = torch.device("cpu") if linear.weight.is_meta else linear.weight.device
         self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-        self.alpha, self.scale = alpha, alpha / rank
+        self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
 
 
@@ -54,16 +54,17 @@ class LoRALinear(nn.Linear):
         self.off: set[str] = set()
 
     def forward(self, x):
-        """All adapters in two products, B₁A₁x + B₂A₂x = [B₁ B₂] [A₁; A₂] x. One that is off has its B put to zero and is not left
-        out, so that policy and reference run the same kernels on the same shapes, and agree to the bit where they should."""
+        """All adapters in two products, B₁A₁x + B₂A₂x = [B₁ B₂] [A₁; A₂] x. One that is trained but off has its B put to zero
+        and is not left out: policy and reference run the same kernels on the same shapes, and agree to the bit where they should."""
         y = super().forward(x)
-        if self.off >= self.adapters.keys():
+        adapters = {name: a for name, a in self.adapters.items() if name not in self.off or a.A.requires_grad}
+        if not adapters:
             return y
         # Cast at use: the products run in the base model's dtype, the optimizer sees fp32.
-        A = [adapter.A.to(x.dtype) for adapter in self.adapters.values()]
-        B = [adapter.B * (0.0 if name in self.off else adapter.scale) for name, adapter in self.adapters.items()]
-        if any(adapter.dropout.p for adapter in self.adapters.values()):  # each has an input of its own
-            inner = torch.cat([F.linear(adapter.dropout(x), a) for adapter, a in zip(self.adapters.values(), A)], dim=-1)
+        A = [adapter.A.to(x.dtype) for adapter in adapters.values()]
+        B = [adapter.B * (0.0 if name in self.off else adapter.scale) for name, adapter in adapters.items()]
+        if any(adapter.dropout.p for adapter in adapters.values()):  # each has an input of its own
+            inner = torch.cat([F.linear(adapter.dropout(x), a) for adapter, a in zip(adapters.values(), A)], dim=-1)
         else:
             inner = F.linear(x, torch.cat(A))
         return y + F.linear(inner, torch.cat(B, dim=1).to(x.dtype))

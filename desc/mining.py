@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from desc import DescError
+from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
 from desc.files import read_lines
 from desc.prompts import Messages, build_completion, build_messages
@@ -28,6 +29,11 @@ class Pair:
     def record(self) -> dict:
         answers = {name: [{"role": "assistant", "content": getattr(self, name)}] for name in ("chosen", "rejected")}
         return asdict(self) | answers
+
+
+def encode_pair(tokenizer, pair: Pair, max_length: int) -> Item:
+    """The chosen and the rejected answer to one prompt, for DPO."""
+    return encode(tokenizer, pair.id, pair.dialogue, pair.prompt, [pair.chosen, pair.rejected], max_length)
 
 
 def read_pairs(path: Path, task: str) -> list[Pair]:

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, and the one forward pass that everything uses."""
+"""Loading a model and its tokenizer, and the one forward pass that all losses and scores use."""
 
 import os
 import shutil

@@ -1,9 +1,11 @@
 """What a run will cost, from the shapes alone: no weight is loaded, no step taken."""
 
+from collections.abc import Iterable
+
 import torch
 
 from desc.encoding import Item
-from desc.tree import Forest
+from desc.tree import Forest, pack
 
 GB = 1e9
 
@@ -41,8 +43,9 @@ def memory(model, config, forests: list[Forest]) -> dict[str, float]:
     }
 
 
-def plan(model, config, steps: list[list[tuple[list[Item], Forest]]], passes: int) -> str:
-    """A table of `memory` and of the tokens of a run of these steps; `passes` counts the forwards a forest is read in (DPO: 2)."""
+def plan(model, config, batches: Iterable[list[Item]], passes: int) -> str:
+    """A table of `memory` and of the tokens of a run over these batches; `passes` counts the forwards a forest is read in (DPO: 2)."""
+    steps = [pack(items, config.share, config.max_tokens, config.plan) for items in batches]
     forests = [forest for step in steps for _, forest in step]
     sizes, nodes = memory(model, config, forests), sum(len(f.ids) for f in forests)
     alone = sum(int(torch.zeros(f.size).scatter_reduce(0, f.owner, f.depth[f.rows] + 1.0, "amax").sum()) for f in forests)

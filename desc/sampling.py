@@ -34,8 +34,8 @@ def score_strategies(
         for turn in range(len(dialogue)):
             messages = build_messages(task, dialogue, turn, strategies=strategies)
             items.append(encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, texts, max_length, end=task == "sp"))
-    scored = []
-    for members, forest in distributed.portion(model, pack(items, "dialogue", max_tokens)):
+    scored, ranks = [], distributed.size() if distributed.sharded(model) else 1
+    for members, forest in distributed.portion(model, pack(items, "dialogue", max_tokens, ranks)):
         logps = sequence_logps(model, forest).view(len(members), len(strategies)).log_softmax(-1).cpu()
         scored += zip((item.id for item in members), logps)
     rows = dict(chain(*distributed.collect(scored))) if distributed.sharded(model) else dict(scored)

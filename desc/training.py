@@ -105,8 +105,10 @@ def start(model, config: TrainConfig, things: list[Thing], folder: Path, device:
     del settings["save_every"]
     run = Run(batches, trained, optimizer, folder, best_at, last_at, settings)
     resume(run)
-    print(f"{config.model}, {len(things)} turns in {len(batches)} steps, into {folder}" + (f", from step {run.step} on" if run.step else ""))
-    run.bar = tqdm(total=len(batches), initial=run.step, desc=f"{folder.name} {config.task}", dynamic_ncols=True, disable=distributed.rank() > 0)
+    since = f", from step {run.step} on" if run.step else ""
+    print(f"{config.model}, {len(things)} examples in {len(batches)} steps, into {folder}{since}")
+    title, hidden = f"{folder.name} {config.task}", distributed.rank() > 0
+    run.bar = tqdm(total=len(batches), initial=run.step, desc=title, dynamic_ncols=True, disable=hidden)
 
     def ask_to_stop(*_):
         run.asked_to_stop = True
@@ -193,7 +195,7 @@ def log(run: Run, step: int, record: dict) -> None:
     """One line into metrics.jsonl. The bar shows a step's loss, and validation scores stay above it."""
     if distributed.rank():
         return
-    append_line(run.folder / "metrics.jsonl", {"time": round(time.time(), 1), "step": step, **record})
+    append_line(run.folder / "metrics.jsonl", {"time": round(time.time(), 3), "step": step, **record})
     if "loss" in record:
         run.bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         run.bar.update(step - run.bar.n)

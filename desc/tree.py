@@ -22,7 +22,7 @@ SHARING = ("dialogue", "pair", "none")
 PADDING = 512  # nodes, on a GPU; FlexAttention wants multiples of 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of caches by identity
 class Forest:
     """N nodes, M completion tokens, S sequences. All int64."""
 
@@ -35,12 +35,14 @@ class Forest:
     size: int  # S
 
     def to(self, device: torch.device) -> "Forest":
-        """On its way to a GPU it is padded, for FlexAttention is compiled for few lengths, and pinned, so that nobody waits for the copy."""
-        forest = self
-        if device.type == "cuda" and not self.ids.is_cuda:
-            forest = pad(self, PADDING)
-            forest = Forest(*(getattr(forest, f.name).pin_memory() for f in fields(self)[:-1]), self.size)
-        return Forest(*(getattr(forest, f.name).to(device, non_blocking=True) for f in fields(self)[:-1]), self.size)
+        """On its way to a GPU it is padded, for FlexAttention is compiled for few lengths, and pinned, so that no one waits for the copy."""
+        if self.ids.device == device:
+            return self
+        forest = pad(self, PADDING) if device.type == "cuda" else self
+        tensors = [getattr(forest, f.name) for f in fields(self)[:-1]]
+        if device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return Forest(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.size)
 
 
 def grow(sequences: list[Sequence]) -> Forest:

@@ -102,7 +102,6 @@ def convert_smollm2(folder: Path) -> None:
     print(f"converting {gguf.name} to safetensors, once …", flush=True)
     model = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=gguf.name, dtype=torch.float32)
     config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
-    config._name_or_path = SMOLLM2
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)

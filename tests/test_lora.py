@@ -131,11 +131,13 @@ def test_a_fresh_adapter_changes_nothing(model, dtype):
     assert {p.dtype for n, p in model.named_parameters() if "adapters" in n} == {torch.float32}
 
 
-def test_an_adapter_off_is_an_adapter_away(model):
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_adapter_off_is_an_adapter_away(model, trained):
     base = logits(model)
     add_random(model, "sft")
     with_sft = logits(model)
     add_random(model, "dpo", rank=3, alpha=2)
+    model.requires_grad_(trained)
     both = logits(model)
     assert apart(base, with_sft) > 0.01 and apart(with_sft, both) > 0.01
     with adapter_off(model, "dpo"):

@@ -13,6 +13,9 @@ from dataclasses import fields
 import pytest
 from scripts import ROOT, command, lines, run
 
+from desc import DescError, cli
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """SFT, mining and DPO of both modules, in a folder."""
@@ -103,12 +106,29 @@ def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
         ("train_sft.py", ("--task", "sp", "--model", "no/such-folder/here"), "--model no/such-folder/here: cannot be loaded"),
         ("train_sft.py", ("--task", "sp", "--model", "toy", "--out", "/proc/nowhere"), "/proc/nowhere"),
         ("train_dpo.py", ("--task", "sp", "--pairs", "nowhere"), "nowhere/pairs.jsonl: cannot be read"),
+        ("train_dpo.py", ("--task", "sp", "--model", "toy", "--sft", "nowhere"), "nowhere: holds no readable LoRA adapter"),
         ("evaluate.py", ("--model", "toy", "--out", "nowhere"), "no stage to evaluate in nowhere"),
     ],
 )
 def test_a_users_mistake_ends_in_one_line(script, flags, says):
     said = run(script, *flags, fails=True)
     assert says in said and "Traceback" not in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "kind, flag, value, allowed",
+    [
+        (cli.TrainConfig, "--rank", "0", "at least 1"),
+        (cli.TrainConfig, "--eval-dialogues", "-1", "at least 0"),
+        (cli.TrainConfig, "--dropout", "1.0", "from 0 to 0.99"),
+        (cli.TrainConfig, "--warmup", "nan", "from 0 to 1"),
+        (cli.SampleConfig, "--top-p", "0.0", "from 1e-06 to 1"),
+    ],
+)
+def test_a_number_out_of_range_is_an_error(kind, flag, value, allowed, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", flag, value] + ["--task", "sp"] * (kind is cli.TrainConfig))
+    with pytest.raises(DescError, match=f"^{flag} {value}: should be {allowed}$"):
+        cli.parse(kind)
 
 
 def test_an_unknown_flag_is_an_error():

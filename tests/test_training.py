@@ -153,11 +153,11 @@ def test_plan_by_hand(sample):
     adapter = sum(4 * (layer.in_features + layer.out_features) for layer in lora_layers(model).values())
     examples = build_examples("sp", sample[10:11])[:3]
     items = [encode(tokenizer, str(e.turn), e.dialogue, e.messages, [e.completion], 2048) for e in examples]
-    batches = pack(items, "dialogue", 2000)
-    config = SimpleNamespace(plan=2, torch_dtype=torch.float32, dropout=0.0, recompute=False)
+    batches = pack(items, "dialogue", 2000, ranks=2)
+    config = SimpleNamespace(plan=2, torch_dtype=torch.float32, dropout=0.0, recompute=False, share="dialogue", max_tokens=2000)
     sizes = memory(model, config, [forest for _, forest in batches])
     assert sizes["weights"] == 2 * base and sizes["adapters"] == 2 * adapter and sizes["gradients, optimizer"] == 6 * adapter
-    said = plan(model, config, [batches], passes=2)
+    said = plan(model, config, [items], passes=2)
     nodes, alone = len(batches[0][1].ids), sum(len(s.prompt) + len(s.completion) - 1 for item in items for s in item.sequences)
     assert f"{nodes:9,}   ({alone / nodes:.1f} times" in said and f"{2 * nodes:9,}   forwards" in said
 
