@@ -37,7 +37,7 @@ class Config(cli.TaskConfig):
     contenders: str = cli.flag("compiled,dialogue,pair,none,trl", "which to run; compiled is dialogue with --compile")
     repeats: int = cli.flag(3, "times that ours reads all of it when sharing by dialogue; the median counts")
     tries: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "TRL's batch sizes to try, each on one batch"})
-    batch_size: int = cli.flag(0, "TRL's; 0 tries some")
+    trl_batch_size: int = cli.flag(0, "TRL's batch size; 0 tries some")
     first: int = cli.flag(0, "examples to use, the first; 0 takes all")
     contender: str | None = cli.flag(None, "run this one alone and print JSON (what the others are started with)")
     adapter: str | None = cli.flag(None, "folder of the adapter that all start from")
@@ -150,7 +150,7 @@ def train_trl(config, trainer_class, settings_class, rows: list[dict], items: li
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        make(rows, config.batch_size, torch.bfloat16, folder).train()
+        make(rows, config.trl_batch_size, torch.bfloat16, folder).train()
         tokens = sum(len(s.prompt) + len(s.completion) for item in items for s in item.sequences)
         result = {"seconds": clock.seconds, "memory": memory(), "tokens": tokens}
         trainer = make(rows[:CHECKED], CHECKED, torch.float32, folder, *models())
@@ -187,10 +187,10 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
         torch.cuda.empty_cache()
         for name in config.contenders.split(","):
             flags = ["--contender", name]
-            if name == "trl" and not config.batch_size:
-                tried = {size: start(*flags, "--batch_size", size, "--first", size)["seconds"] / size for size in config.tries}
+            if name == "trl" and not config.trl_batch_size:
+                tried = {size: start(*flags, "--trl-batch-size", size, "--first", size)["seconds"] / size for size in config.tries}
                 print(f"TRL's seconds a {unit} by batch size: " + ", ".join(f"{size}: {s:.2f}" for size, s in tried.items()))
-                flags += ["--batch_size", min(tried, key=tried.get)]
+                flags += ["--trl-batch-size", min(tried, key=tried.get)]
             results[name] = start(*flags)
     rate = {name: r["count"] / r["seconds"] for name, r in results.items()}
     lines = [["", f"{unit}s/s", "ratio", "peak memory", "tokens", "of matrix peak", "fp32 loss"]]
