@@ -19,7 +19,6 @@ from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
 from desc.modeling import compile_layers
 from desc.strategies import read_strategies
-from desc.training import take
 from desc.tree import pack
 
 SHAPES = {  # random weights, SmolLM2's tokenizer
@@ -38,7 +37,7 @@ class Config(cli.TaskConfig):
     repeats: int = cli.flag(3, "times that ours reads all of it when sharing by dialogue; the median counts")
     tries: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "TRL's batch sizes to try, each on one batch"})
     trl_batch_size: int = cli.flag(0, "TRL's batch size; 0 tries some")
-    first: int = cli.flag(0, "examples to use, the first; 0 takes all")
+    some: int = cli.flag(0, "examples to use, evenly spaced; 0 takes all")
     contender: str | None = cli.flag(None, "run this one alone and print JSON (what the others are started with)")
     adapter: str | None = cli.flag(None, "folder of the adapter that all start from")
 
@@ -166,7 +165,9 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
     `passes` counts how often the products with the weights are done for a token that is read: forwards, and the input's gradient."""
     config = cli.parse(Config)
     if config.contender:
-        things, peak = take(make(config, typical(training_dialogues(config), config.dialogues)), config.first), matrix_peak()
+        things, peak = make(config, typical(training_dialogues(config), config.dialogues)), matrix_peak()
+        if config.some:
+            things = things[:: len(things) // config.some][: config.some]
         result = trl(config, things) if config.contender == "trl" else ours(config, things)
         return print(json.dumps(result | {"count": len(things), "peak": peak}))
 
@@ -188,7 +189,7 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
         for name in config.contenders.split(","):
             flags = ["--contender", name]
             if name == "trl" and not config.trl_batch_size:
-                tried = {size: start(*flags, "--trl-batch-size", size, "--first", size)["seconds"] / size for size in config.tries}
+                tried = {size: start(*flags, "--trl-batch-size", size, "--some", size)["seconds"] / size for size in config.tries}
                 print(f"TRL's seconds a {unit} by batch size: " + ", ".join(f"{size}: {s:.2f}" for size, s in tried.items()))
                 flags += ["--trl-batch-size", min(tried, key=tried.get)]
             results[name] = start(*flags)
