@@ -114,7 +114,8 @@ def main():
     if config.show_example:
         return print("\n\n".join(mark_loss(tokenizer, sequence) for sequence in encode_all(pairs[:1])[0].sequences))
     sft = Path(config.sft) if config.sft else config.folder / "sft"
-    if config.sft or cli.find_adapter(sft, f"the reference is the base model; first run train_sft.py --task {config.task}"):
+    otherwise = None if config.sft else f"the reference is the base model; first run train_sft.py --task {config.task}"
+    if cli.find_adapter(sft, otherwise):
         load_adapter(model, sft, "sft")
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout)

@@ -35,7 +35,7 @@ class Config(cli.TaskConfig):
     dialogues: int = cli.flag(2, "training dialogues whose turns are read, of typical lengths")
     contenders: str = cli.flag("compiled,dialogue,pair,none,trl", "which to run; compiled is dialogue with --compile")
     repeats: int = cli.flag(3, "times that ours reads all of it when sharing by dialogue; the median counts")
-    tries: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "TRL's batch sizes to try, each on one batch"})
+    tries: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "TRL's batch sizes to try, all on the same few examples"})
     trl_batch_size: int = cli.flag(0, "TRL's batch size; 0 tries some")
     some: int = cli.flag(0, "examples to use, evenly spaced; 0 takes all")
     contender: str | None = cli.flag(None, "run this one alone and print JSON (what the others are started with)")
@@ -189,7 +189,8 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
         for name in config.contenders.split(","):
             flags = ["--contender", name]
             if name == "trl" and not config.trl_batch_size:
-                tried = {size: start(*flags, "--trl-batch-size", size, "--some", size)["seconds"] / size for size in config.tries}
+                most = max(config.tries)
+                tried = {size: start(*flags, "--trl-batch-size", size, "--some", most)["seconds"] / most for size in config.tries}
                 print(f"TRL's seconds a {unit} by batch size: " + ", ".join(f"{size}: {s:.2f}" for size, s in tried.items()))
                 flags += ["--trl-batch-size", min(tried, key=tried.get)]
             results[name] = start(*flags)

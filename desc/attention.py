@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -64,7 +64,8 @@ class ByAddress:
 
 
 @lru_cache(maxsize=2)  # every layer is given the same mask, or one of two
-def _cut(key: ByAddress, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor, Tensor]]:
+def cut(key: ByAddress, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor, Tensor]]:
+    """A bool mask (1, 1, N, N) in blocks of b queries: which they are, the L keys that they meet, and 0 or −∞ (b, L)."""
     mask, blocks = key.tensor, []
     for start in range(0, mask.shape[-1], BLOCK):
         visible = mask[0, 0, start : start + BLOCK]  # (b, N)
@@ -77,26 +78,21 @@ def _cut(key: ByAddress, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor
     return blocks
 
 
-def cut(mask: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor, Tensor]]:
-    """A bool mask (1, 1, N, N) in blocks of b queries: which they are, the L keys that they meet, and 0 or −∞ (b, L)."""
-    return _cut(ByAddress(mask), dtype)
-
-
 # Custom operators: what they do depends on the tree, so torch.compile must neither look inside nor break a layer's graph there.
-@torch.library.custom_op("desc::block_attention", mutates_args=())
+@library.custom_op("desc::block_attention", mutates_args=())
 def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """softmax(scaling · q kᵀ) v, block by block.
 
     query (1, H, N, D), key and value (1, G, N, D), bool mask (1, 1, N, N) -> (1, N, H, D)."""
     output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    for block, seen, hidden in cut(mask, query.dtype):
+    for block, seen, hidden in cut(ByAddress(mask), query.dtype):
         k, v = key[:, :, seen], value[:, :, seen]
         o = F.scaled_dot_product_attention(query[:, :, block], k, v, hidden, scale=scaling, enable_gqa=True)
         output[:, block] = o.transpose(1, 2)
     return output
 
 
-@torch.library.custom_op("desc::block_attention_backward", mutates_args=())
+@library.custom_op("desc::block_attention_backward", mutates_args=())
 def block_attention_backward(
     doutput: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +104,7 @@ def block_attention_backward(
     doutput = doutput[0].transpose(0, 1).view(groups, heads // groups, nodes, width)
     dquery = query.new_empty(query.shape)
     dkey, dvalue = (x.new_zeros(x.shape[1:], dtype=torch.float32) for x in (key, value))
-    for block, seen, hidden in cut(mask, query.dtype):
+    for block, seen, hidden in cut(ByAddress(mask), query.dtype):
         q, do, k, v = query[:, :, block].flatten(1, 2), doutput[:, :, block].flatten(1, 2), key[0][:, seen], value[0][:, seen]
         scores = torch.bmm(q, k.mT).unflatten(1, (-1, len(hidden)))  # (G, H/G, b, L)
         w = scores.add_(hidden).softmax(-1).flatten(1, 2)

@@ -83,7 +83,7 @@ class TrainConfig(TaskConfig):
     save_every: int = flag(50, "steps between checkpoints; a run that was killed goes on from the last when it is started again")
     recompute: bool = flag(False, "compute activations again in the backward pass instead of keeping them: less memory, slower")
     keep: Literal["best", "last"] = flag("best", "the adapter that later steps find; the other one lies in a folder beside it")
-    compile: bool = flag(False, "compile the layers; faster after one to two minutes, so for long runs; a CPU needs g++")
+    compile: bool = flag(False, "compile the layers: a little faster after one to two minutes, so for long runs; a CPU needs g++")
     plan: int = flag(0, "print what the run costs on that many ranks (bytes a rank, steps, tokens) without loading weights, and stop")
     show_example: bool = flag(False, "print the first example, what carries loss between » and «, and stop")
 
@@ -111,11 +111,15 @@ def parse(kind):
     return config
 
 
-def find_adapter(folder: Path, otherwise: str) -> bool:
-    """Whether an adapter lies in `folder`. Says so, or what happens without one and how to come by it."""
+def find_adapter(folder: Path, otherwise: str | None) -> bool:
+    """Whether an adapter lies in `folder`. Says so, or what happens `otherwise`.
+
+    Raises DescError where there is none and `otherwise` is None."""
     if (folder / CONFIG).exists():
         print(f"uses the adapter {folder}")
         return True
+    if otherwise is None:
+        raise DescError(f"finds no adapter in {folder}")
     print(f"finds no adapter in {folder}: {otherwise}")
     return False
 

@@ -95,7 +95,7 @@ def _check_layers(config, name: str) -> None:
 
 
 def compile_layers(model) -> None:
-    """Let TorchInductor fuse the element-wise work of the decoder's layers: about 1.5 times as fast on a CPU, after a minute or two.
+    """Let TorchInductor fuse the element-wise work of the decoder's layers: up to a tenth faster on a CPU, after a minute or two.
 
     Rounding between fused operations stays as it is without, so that a policy equals its reference to the bit there too. Raises
     DescError where a CPU has no C++ compiler."""

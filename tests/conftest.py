@@ -27,6 +27,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """A test draws the same numbers alone, in company and every time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def toy():
     """(model, tokenizer), shared by all tests: a test that adds adapters does so on a copy.deepcopy of the model."""

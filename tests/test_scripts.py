@@ -106,7 +106,7 @@ def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
         ("train_sft.py", ("--task", "sp", "--model", "no/such-folder/here"), "--model no/such-folder/here: cannot be loaded"),
         ("train_sft.py", ("--task", "sp", "--model", "toy", "--out", "/proc/nowhere"), "/proc/nowhere"),
         ("train_dpo.py", ("--task", "sp", "--pairs", "nowhere"), "nowhere/pairs.jsonl: cannot be read"),
-        ("train_dpo.py", ("--task", "sp", "--model", "toy", "--sft", "nowhere"), "nowhere: holds no readable LoRA adapter"),
+        ("train_dpo.py", ("--task", "sp", "--model", "toy", "--sft", "nowhere"), "finds no adapter in nowhere"),
         ("evaluate.py", ("--model", "toy", "--out", "nowhere"), "no stage to evaluate in nowhere"),
     ],
 )

@@ -24,6 +24,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import library
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -161,8 +162,8 @@ def test_empty_prompt_and_empty_completion_are_refused(sequence):
 def adapted(toy):
     """The toy with an adapter that does something."""
     model = deepcopy(toy[0])
-    add_adapter(model, "sft", rank=4, alpha=8)
     torch.manual_seed(0)
+    add_adapter(model, "sft", rank=4, alpha=8)
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -338,7 +339,7 @@ def test_block_attention_equals_sdpa(block, monkeypatch):
         direction = torch.randn_like(output)
         ours, theirs = (torch.autograd.grad((y * direction).sum(), (query, key, value)) for y in (output, expected))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        torch.library.opcheck(attention.block_attention, (query, key, value, mask, 0.3))  # shapes, strides and autograd as declared
+        library.opcheck(attention.block_attention, (query, key, value, mask, 0.3))  # shapes, strides and autograd as declared
 
 
 def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
