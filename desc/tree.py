@@ -12,6 +12,7 @@ own, at the same position: log-probabilities and gradients are the same.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from os.path import commonprefix
 
 import torch
@@ -94,7 +95,7 @@ def plant(items: list[Item], share: str) -> Forest:
 def pack(items: list[Item], share: str, max_tokens: int, ranks: int = 1) -> list[tuple[list[Item], Forest]]:
     """Cut a batch into micro-batches of at most `max_tokens` nodes, or twice the longest sequence where that is more.
 
-    Items of one dialogue are planted together when sharing by dialogue, in an order that keeps sub-trees whole if they must be cut.
+    Items of one dialogue are planted together when sharing by dialogue, and cut only where they must be.
     Trees are not laid together where that would leave one of the `ranks` without work."""
     groups: dict[object, list[Item]] = {}
     for item in items:
@@ -113,7 +114,7 @@ def pack(items: list[Item], share: str, max_tokens: int, ranks: int = 1) -> list
 
 
 def _fit(groups: Iterable[list[Item]], share: str, max_tokens: int):
-    """Plant each group, halving those that are too large, neighbours in the tree kept together (rg has a sub-tree a strategy)."""
+    """Plant each group, cutting those that are too large where neighbours in the tree share least: rg's between two strategies."""
     for group in groups:
         group = sorted(group, key=lambda item: item.sequences[0].prompt)
         forest = plant(group, share)
@@ -121,7 +122,9 @@ def _fit(groups: Iterable[list[Item]], share: str, max_tokens: int):
         if len(forest.ids) <= max(max_tokens, 2 * int(forest.depth.max())) or len(group) == 1:
             yield group, forest
         else:
-            yield from _fit((group[: len(group) // 2], group[len(group) // 2 :]), share, max_tokens)
+            shared = [len(commonprefix([a.sequences[0].prompt, b.sequences[0].prompt])) for a, b in pairwise(group)]
+            cut = 1 + min(range(len(shared)), key=lambda i: (shared[i], abs(i + 1 - len(group) / 2)))  # else near the middle
+            yield from _fit((group[:cut], group[cut:]), share, max_tokens)
 
 
 def deal(batches: list[tuple[list[Item], Forest]], ranks: int) -> list[list[tuple[list[Item], Forest]]]:

@@ -255,6 +255,15 @@ def test_pack_makes_no_more_batches_than_it_must():
     assert len(members) == 10 and len(forest.ids) == 3
 
 
+def test_pack_cuts_a_tree_where_least_is_shared():
+    """Under token 0 four strategies 1 … 4, each above the chain 9 9: 1 + 4 · 3 nodes, of which 7 fit. Cut between the strategies 2 and
+    3, only token 0 is read again; at the half, among the turns of strategy 2, the whole of 0 2 9 would be."""
+    prompts = [[0, 1, 9, 9], [0, 2, 9], [0, 2, 9, 9], [0, 2, 9, 9], [0, 3, 9, 9], [0, 4, 9, 9]]
+    items = [Item(str(i), "0", [Sequence(prompt, [7])]) for i, prompt in enumerate(prompts)]
+    assert [len(forest.ids) for _, forest in pack(items[::-1], "dialogue", 100)] == [13]
+    assert [len(forest.ids) for _, forest in pack(items[::-1], "dialogue", 7)] == [7, 7]
+
+
 # --- other architectures, sliding windows ---------------------------------------------------------------------------------------
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
