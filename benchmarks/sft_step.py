@@ -6,10 +6,12 @@
 As benchmarks/dpo_step.py, which see. The loss is that of the completions alone.
 """
 
+from dataclasses import replace
+
 import torch
 from contest import compete, make_tokenizer, read_ours, train_trl
 
-from desc.encoding import Item, encode_example
+from desc.encoding import Item, Sequence, encode_example, end_of_turn
 from desc.esconv import Dialogue
 from desc.losses import sft_loss
 from desc.modeling import sequence_logps
@@ -23,8 +25,13 @@ def make_turns(config, dialogues: list[Dialogue]) -> list[Example]:
 
 
 def encode_turns(config, turns: list[Example]) -> list[Item]:
+    """With what the chat template writes after an end of turn, as TRL has it: SmolLM2's line break."""
     tokenizer = make_tokenizer(config)
-    return [encode_example(tokenizer, turn, config.max_length) for turn in turns]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
+    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False).input_ids
+    after = ids[len(ids) - ids[::-1].index(end_of_turn(tokenizer)) :]
+    items = [encode_example(tokenizer, turn, config.max_length) for turn in turns]
+    return [replace(item, sequences=[Sequence(s.prompt, s.completion + after) for s in item.sequences]) for item in items]
 
 
 def loss_of(model, forest: Forest, items: list[Item]) -> torch.Tensor:

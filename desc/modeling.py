@@ -2,8 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -113,19 +114,29 @@ def recompute_activations(model) -> None:
 
 
 @lru_cache(maxsize=2)  # reference and policy read the same forest
-def _mask(forest: Forest, window: int | None):
+def tree_mask(forest: Forest, window: int | None):
+    """(1, 1, N, N): bool on the CPU, in blocks elsewhere."""
     return dense_mask(forest, window)[None, None] if forest.ids.device.type == "cpu" else attention.flex_mask(forest, window)
 
 
-def attention_mask(config, forest: Forest):
-    """The tree's mask as the model takes it: (1, 1, N, N), dense on the CPU and in blocks elsewhere; or one a kind of layer, where
-    only some have a sliding window, which counts tokens along a path, so on depth."""
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None)
+def forward(model, ids, depth, mask: Callable, rows: torch.Tensor | int = 0, cache=None) -> torch.Tensor:
+    """Logits (M, V) at the nodes `rows` (M,), or at all for 0, of N nodes: tokens `ids` (N,) at positions `depth` (N,).
+
+    mask(window) is what they may see of each other and, before them, of what lies in `cache`, which takes them up: as
+    attention.tree_attention wants it, of the whole path or, in layers with a sliding window, of its last `window` tokens."""
+    window, layers = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
     if window is None or (layers and "sliding_attention" not in layers):
-        return _mask(forest, None)
-    sliding = _mask(forest, window)
-    return {"full_attention": _mask(forest, None), "sliding_attention": sliding} if layers else sliding
+        seen = mask(None)
+    else:
+        seen = {"full_attention": mask(None), "sliding_attention": mask(window)} if layers else mask(window)
+    return model(
+        input_ids=ids[None],
+        position_ids=depth[None],
+        attention_mask=seen,
+        logits_to_keep=rows,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).logits[0]
 
 
 def sequence_logps(model, forest: Forest) -> torch.Tensor:
@@ -134,13 +145,7 @@ def sequence_logps(model, forest: Forest) -> torch.Tensor:
     One forward over the N nodes. Only the M rows that predict a completion token meet the head, so a large vocabulary costs
     M × V instead of N × V; log-softmax and sums are in fp32 (in bf16, steps near -200 are 1.0 wide)."""
     forest = forest.to(model.device)
-    logits = model(
-        input_ids=forest.ids[None],  # (1, N)
-        position_ids=forest.depth[None],  # (1, N)
-        attention_mask=attention_mask(model.config, forest),
-        logits_to_keep=forest.rows,
-        use_cache=False,
-    ).logits[0]  # (M, V)
+    logits = forward(model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows)
     logps = -F.cross_entropy(logits.float(), forest.targets, reduction="none")  # (M,)
     mine = torch.arange(forest.size, device=logps.device)[:, None] == forest.owner  # (S, M)
     return mine.to(logps.dtype) @ logps  # (S,); index_add would sum in another order each time on CUDA

@@ -1,18 +1,19 @@
 """What a model would do: the exact distribution over strategies, and replies in batches."""
 
 import zlib
+from functools import partial
 from itertools import chain
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache
 
 from desc import distributed
-from desc.encoding import encode
+from desc.encoding import Sequence, encode
 from desc.esconv import Dialogue
-from desc.modeling import sequence_logps
+from desc.modeling import forward, sequence_logps, tree_mask
 from desc.prompts import build_messages
 from desc.strategies import ESCONV, Strategies
-from desc.tree import pack
+from desc.tree import grow, pack, sees
 
 
 def seeded(*parts) -> torch.Generator:
@@ -78,22 +79,39 @@ def write_dialogue(
         room = config.max_length - config.max_new_tokens
         item = encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, [tag], room, end=False)
         prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
-    return generate(model, tokenizer, prompts, config, seeded(config.seed, "write", dialogue.id).initial_seed())
+    written = generate(model, prompts, config, seeded(config.seed, "write", dialogue.id).initial_seed())
+    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], config, seed: int) -> list[str]:
-    """One sampled continuation a prompt, as text without its end-of-turn token; temperature 0 is greedy. One left-padded batch."""
-    pad, width = model.generation_config.pad_token_id, max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    settings = GenerationConfig(
-        max_new_tokens=config.max_new_tokens,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=pad,
-        **({"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}),
-    )
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        written = model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:]
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[int]]:
+    """One sampled continuation a prompt, without its end-of-turn token; temperature 0 is greedy.
+
+    The prompts are read once, as the tree that they are. Then each continuation is a branch that grows from its prompt's last node, a
+    token at a time, and sees its ancestors and itself alone."""
+    stop = model.generation_config.eos_token_id
+    forest = grow([Sequence(prompt, [stop]) for prompt in prompts]).to(model.device)
+    draw, cache = torch.Generator(model.device).manual_seed(seed), DynamicCache()
+    logits = forward(model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows, cache)
+    branches = torch.arange(len(prompts), device=model.device)
+    growing, depth = branches, forest.depth
+    nodes = torch.arange(len(depth), device=model.device)
+    visible = sees(forest)(forest.rows[:, None], nodes)  # (B, L): what the next token of each branch sees
+    written = [[] for _ in prompts]
+    for length in range(1, config.max_new_tokens + 1):
+        tokens = torch.multinomial(temper(logits.float(), config.temperature, config.top_p), 1, generator=draw)[:, 0]
+        growing, tokens = growing[tokens != stop], tokens[tokens != stop]
+        for branch, token in zip(growing.tolist(), tokens.tolist()):
+            written[branch].append(token)
+        if not len(growing) or length == config.max_new_tokens:
+            break
+        here = forest.depth[forest.rows[growing]] + length
+        depth = torch.cat([depth, here])
+        visible = torch.cat([visible, branches[:, None] == growing], dim=1)
+
+        def mask(window: int | None):
+            seen = visible[growing]
+            return (seen if window is None else seen & (here[:, None] - depth < window))[None, None]
+
+        logits = forward(model, tokens, here, mask, cache=cache)
+    return written

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import KINDS, build, configure
 
-from desc.encoding import encode, encode_prompt
+from desc import attention
+from desc.encoding import encode
 from desc.prompts import build_messages
 from desc.sampling import generate, plan_dialogue, score_strategies, temper, write_dialogue
 from desc.strategies import ESCONV
@@ -41,21 +43,29 @@ def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
     assert (tokenizer.eos_token_id == item.sequences[0].completion[-1]) is (task == "sp")
 
 
-def test_generation_in_a_padded_batch_is_that_of_each_prompt_alone(toy, sample):
-    model, tokenizer = toy
-    greedy = SimpleNamespace(**{**vars(CONFIG), "temperature": 0})
-    begun = tokenizer("Well then", add_special_tokens=False).input_ids  # an untrained model that goes on from a special token echoes it
-    prompts = [encode_prompt(tokenizer, build_messages("rg", sample[0], turn, "Question")) + begun for turn in range(4)]
-    together = generate(model, tokenizer, prompts, greedy, seed=0)
-    for prompt, text in zip(prompts, together):
+@pytest.mark.parametrize("kind", ["toy", *(kind for kind in KINDS if "window" in kind)])
+def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
+    """One prompt goes on another, one occurs twice, two part late, one shares nothing, and continuations end at different lengths."""
+    model = toy[0] if kind == "toy" else build(configure(kind))
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 12, 13], [20, 21]]
+
+    def greedy(stop, most=10):
+        model.generation_config.eos_token_id = stop
+        return generate(model, prompts, SimpleNamespace(temperature=0, top_p=1.0, max_new_tokens=most), seed=0)
+
+    alone = []
+    for prompt in prompts:
         ids = list(prompt)
         with torch.no_grad():
-            for _ in range(CONFIG.max_new_tokens):
+            for _ in range(10):
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-                if ids[-1] == tokenizer.eos_token_id:
-                    break
-        assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
-    assert all(together)
+        alone.append(ids[len(prompt) :])
+    model.set_attn_implementation(attention.register())
+    assert greedy(stop=-1) == alone
+    stop = alone[1][4]
+    cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in alone]
+    assert greedy(stop) == cut != alone
+    assert greedy(stop=-1, most=3) == [ids[:3] for ids in alone]
 
 
 def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):

@@ -24,9 +24,10 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import KINDS, ODD, build, configure
 from torch import library
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from desc import DescError, attention
 from desc.encoding import Item, Sequence, encode
@@ -265,34 +266,6 @@ def test_pack_cuts_a_tree_where_least_is_shared():
 
 
 # --- other architectures, sliding windows ---------------------------------------------------------------------------------------
-
-SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-SMALL |= {"initializer_range": 0.5}  # large enough for attention to be choosy
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
-KINDS = {
-    "qwen2": {},
-    "qwen2 with windows": {"use_sliding_window": True, "sliding_window": 4, "layer_types": ALTERNATING},
-    "qwen3": {},
-    "mistral": {"sliding_window": None},
-    "mistral with a window": {"sliding_window": 4},
-    "phi3 with a window": {"sliding_window": 4},
-    "gemma3_text with windows": {"sliding_window": 4, "layer_types": ALTERNATING},
-}
-ODD = {  # attention with more to it than a mask: caps on the scores, sinks
-    "gemma2": {"layer_types": 3 * ["full_attention"], "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
-    "gpt_oss": {"layer_types": 3 * ["full_attention"], "num_local_experts": 2, "num_experts_per_tok": 1},
-}
-
-
-def configure(kind, **changes):
-    return AutoConfig.for_model(kind.split()[0], **SMALL | (KINDS | ODD)[kind] | changes)
-
-
-def build(config):
-    """The stock model in eager attention, random weights, fp32."""
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS | ODD)
