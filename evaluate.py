@@ -18,9 +18,8 @@ from tqdm import tqdm
 from desc import DescError, cli, distributed
 from desc.esconv import Dialogue, load_splits
 from desc.files import write_json, write_lines
-from desc.lora import adapter_off, load_adapter
+from desc.lora import adapter_only, load_adapter
 from desc.modeling import load
-from desc.prompts import TASKS
 from desc.report import frequency_row, summarise, table
 from desc.sampling import plan_dialogue, write_dialogue
 from desc.strategies import Strategies, read_strategies
@@ -54,20 +53,20 @@ def load_stages(model, config: EvalConfig, modules: tuple[str, ...]) -> list[str
 
 def answer(model, tokenizer, config: EvalConfig, stage: str, modules, dialogue: Dialogue, strategies: Strategies, reply: bool) -> dict:
     """What one system says at every turn of a dialogue; a strategy is None where a freely written one could not be parsed."""
-    names = {f"{module}-{other}" for module in TASKS for other in ("sft", "dpo")}
     planner, generator = modules[0], modules[-1]
     logps, written = None, None
-    with adapter_off(model, *names - {f"{planner}-{stage}"}):
+    with adapter_only(model, f"{planner}-{stage}"):
         if config.decode == "scored":
             logps, planned = plan_dialogue(model, tokenizer, config, planner, dialogue, strategies)
         else:
-            written = write_dialogue(model, tokenizer, config, planner, dialogue, [None] * len(dialogue), strategies)
+            unplanned = [(turn, None) for turn in range(len(dialogue))]
+            written = write_dialogue(model, tokenizer, config, planner, dialogue, unplanned, strategies)
             planned = [strategies.parse(text) if planner == "sp" else strategies.split_tag(text)[0] for text in written]
     if config.decode == "free" and planner == "vanilla":
         replies = [strategies.split_tag(text)[1] for text in written]
     elif reply:
-        followed = [name or strategies.names[-1] for name in planned]  # the generator must be told something
-        with adapter_off(model, *names - {f"{generator}-{stage}"}):
+        followed = [(turn, name or strategies.names[-1]) for turn, name in enumerate(planned)]  # the generator must be told something
+        with adapter_only(model, f"{generator}-{stage}"):
             replies = write_dialogue(model, tokenizer, config, generator, dialogue, followed, strategies)
     else:
         replies = []

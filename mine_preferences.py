@@ -1,30 +1,37 @@
-"""Inferential Preference Mining: what a fine-tuned module gets wrong on its own training dialogues becomes its DPO pairs.
+"""Inferential Preference Mining: what fine-tuned modules get wrong on their own training dialogues becomes their DPO pairs.
 
     python mine_preferences.py --task sp           with the adapter in OUT/sp/sft, on the sample dialogues
-    python mine_preferences.py --task rg --data ESConv.json --split-file split.json
+    python mine_preferences.py --task rg --routing paper --annotator endpoint --endpoint http://127.0.0.1:8000/v1 --endpoint-model M
 
-The module answers every supporter turn of the training and validation dialogues on the human history (T 0.7, top_p 0.95, one sample,
-as the paper does). sp: the strategy, drawn from the exact distribution over all names; a pair wherever it is not the human's. rg: the
-reply, under the human strategy; any that differs from the human's makes a pair, for there is no annotator yet. vanilla: both. Writes
-OUT/TASK/pairs.jsonl and pairs.valid.jsonl; killed and run again it goes on where it was. Mining on test dialogues would leak, so they
-are never mined.
+The modules answer every supporter turn of the training and validation dialogues on the human history (T 0.7, top_p 0.95, one sample,
+as the paper does). --routing says what makes a pair (desc/mining.py: find_error): released, each module is asked for its own part, and
+sp needs no annotator; paper, they answer together, and what the annotator finds decides whose fault it is; all-to-rg, the ablation.
+Writes OUT/TASK/pairs.jsonl, pairs.valid.jsonl and mining.json, and keeps every answer with its judgement in answers.jsonl (in OUT/mined
+where modules answer together). Killed and run again it goes on where it was. Test dialogues are never mined: that would leak.
+
+--review N writes N judged answers to OUT/review.csv for people to label; --agreement FILE holds such labels, or other labelled turns,
+against the annotator.
 """
 
 import hashlib
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
-from desc import cli, distributed
+from desc import DescError, agreement, cli, distributed
 from desc.checkpoint import refuse_differing
+from desc.endpoint import Endpoint
 from desc.esconv import load_splits
-from desc.files import append_line, mend, read_lines, write_lines
-from desc.lora import digest, load_adapter
-from desc.mining import mine_dialogue
+from desc.files import append_line, mend, read_lines, write_json, write_lines
+from desc.judging import endpoint_annotator, local_annotator
+from desc.lora import adapter_only, digest, load_adapter
+from desc.mining import ROUTINGS, Answer, account, answer_dialogue, judge, route
 from desc.modeling import load
+from desc.report import mining_table
+from desc.sampling import EndpointSampler, LocalSampler
 from desc.strategies import read_strategies
 from desc.training import take
 
@@ -32,13 +39,32 @@ from desc.training import take
 @dataclass
 class MineConfig(cli.SampleConfig, cli.TaskConfig):
     train_dialogues: int = cli.flag(0, "training dialogues to mine, the first of the split; 0 takes all")
+    routing: Literal[ROUTINGS] = cli.flag("released", "what makes a pair, and for which module")
+    annotator: Literal["none", "local", "endpoint"] = cli.flag("none", "who judges: nobody, --model with OUT/annotate/sft, --endpoint")
+    sampler: Literal["local", "endpoint"] = cli.flag("local", "who answers: --model with the adapters in OUT, or --endpoint")
+    samples: int = cli.flag(1, "answers a turn; equal ones make one pair")
+    min_confidence: float = cli.flag(0.0, "judgements that are less sure make no pair")
+    endpoint: str | None = cli.flag(None, "URL of a server that speaks OpenAI's protocol; a key is read from $DESC_API_KEY alone")
+    endpoint_model: str = cli.flag("", "the model's name there; {task} in it stands for sp, rg, vanilla or annotate")
+    concurrency: int = cli.flag(8, "calls to the endpoint at a time")
+    timeout: float = cli.flag(120, "seconds to wait for an answer of the endpoint")
+    max_calls: int = cli.flag(0, "calls to the endpoint that this run may make, retries counted; 0 sets no limit")
+    review: int = cli.flag(0, "judged answers to write to OUT/review.csv")
+    agreement: str | None = cli.flag(None, "a file with labels to hold against an annotator, instead of mining")
+    label_map: str | None = cli.flag(None, "for --agreement: JSON from the file's labels to ours")
+    held_out: float = cli.flag(0.2, "for --agreement: the share of labelled dialogues, the last, that are used, as in train_sft.py")
+
+
+UNTOLD = ("min_confidence", "concurrency", "timeout", "max_calls", "review", "label_map", "held_out")  # these change no answer
 
 
 def begun(folder: Path, settings: dict) -> list[dict]:
-    """What an earlier run with the same settings mined, on however many ranks: one record a dialogue.
+    """What earlier runs with the same settings answered, on however many ranks: one record a dialogue.
 
-    Each rank has a journal mining.RANK.jsonl, whose first line are the settings. Raises DescError naming those that differ."""
-    done = []
+    Each rank has a journal mining.RANK.jsonl, whose first line are the settings; answers.jsonl is what a run that ended left. Raises
+    DescError naming settings in which a journal differs."""
+    done = read_lines(folder / "answers.jsonl") if (folder / "answers.jsonl").exists() else []
+    done = done[1:] if done[:1] == [settings] else []
     for journal in sorted(folder.glob("mining.*.jsonl")):
         before, *records = read_lines(journal) or [settings]
         refuse_differing(journal, before, settings)
@@ -46,47 +72,99 @@ def begun(folder: Path, settings: dict) -> list[dict]:
     return done
 
 
+def make_annotator(config: MineConfig, model, tokenizer, endpoint: Endpoint | None):
+    if config.annotator == "endpoint":
+        return endpoint_annotator(endpoint)
+    if config.annotator == "none":
+        return None
+    folder = Path(config.out) / "annotate" / "sft"
+    if cli.find_adapter(folder, "the base model judges; train_sft.py --task annotate makes a better annotator"):
+        load_adapter(model, folder, "annotate")
+    annotate = local_annotator(model, tokenizer, config.max_length, config.max_tokens)
+
+    def annotate_alone(cases):
+        with adapter_only(model, "annotate"):
+            return annotate(cases)
+
+    return annotate_alone
+
+
 def main():
     config = cli.parse(MineConfig)
     device = distributed.setup()
+    together = config.routing != "released" and config.task != "vanilla"
+    if config.routing != "released" and config.annotator == "none":
+        raise DescError(f"--routing {config.routing} goes by what an annotator says: give --annotator local or endpoint")
+    if "endpoint" in (config.annotator, config.sampler) and not (config.endpoint and config.endpoint_model):
+        raise DescError("an endpoint needs --endpoint URL and --endpoint-model NAME")
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     work = [("train", d) for d in take(splits["train"], config.train_dialogues)]
     work += [("valid", d) for d in take(splits["valid"], config.eval_dialogues)]
 
-    model, tokenizer = load(config.model, config.torch_dtype, device)
-    settings = json.loads(json.dumps(asdict(config))) | {"adapter": digest(config.folder / "sft")}
-    settings["input"] = hashlib.sha256(f"{work}{strategies}".encode()).hexdigest()
-    if cli.find_adapter(config.folder / "sft", f"mines the base model; first run train_sft.py --task {config.task}"):
-        load_adapter(model, config.folder / "sft", "sft")
+    endpoint = None
+    if "endpoint" in (config.annotator, config.sampler):
+        endpoint = Endpoint(config.endpoint, config.endpoint_model, config.concurrency, config.timeout, config.max_calls)
+    local = config.annotator == "local" or (config.sampler == "local" and not config.agreement)
+    model, tokenizer = load(config.model, config.torch_dtype, device) if local else (None, None)
+    annotator = make_annotator(config, model, tokenizer, endpoint)
+    if config.agreement:
+        return print(agreement.measure(config, splits["test"], strategies, annotator))
+    modules = ("sp", "rg") if together else (config.task,)
+    if config.sampler == "local":
+        for module in modules:
+            if cli.find_adapter(Path(config.out) / module / "sft", f"mines the base model; first run train_sft.py --task {module}"):
+                load_adapter(model, Path(config.out) / module / "sft", module)
+        sampler = LocalSampler(model, tokenizer, config, strategies)
+    else:
+        sampler = EndpointSampler(endpoint, config, strategies)
 
-    for journal in config.folder.glob("mining.*.jsonl") if not distributed.rank() else ():
+    folder = Path(config.out) / "mined" if together else config.folder
+    settings = {key: value for key, value in json.loads(json.dumps(asdict(config))).items() if key not in UNTOLD}
+    if together:
+        settings |= {"task": "sp and rg", "routing": "paper"}  # all-to-rg routes the same answers otherwise
+    settings["adapters"] = [digest(Path(config.out) / module / "sft") for module in (*modules, "annotate")]
+    settings["input"] = hashlib.sha256(f"{work}{strategies}".encode()).hexdigest()
+    for journal in folder.glob("mining.*.jsonl") if not distributed.rank() else ():
         mend(journal)
     distributed.barrier()
-    done = begun(config.folder, settings)
+    done = begun(folder, settings)
     distributed.barrier()  # every rank has read the journals before any of them grows
     seen = {(record["split"], record["dialogue"]) for record in done}
-    journal = config.folder / f"mining.{distributed.rank()}.jsonl"
+    journal = folder / f"mining.{distributed.rank()}.jsonl"
     if not journal.exists() or not journal.stat().st_size:
         write_lines(journal, [settings])
     mine = [(split, dialogue) for split, dialogue in work if (split, dialogue.id) not in seen][distributed.rank() :: distributed.size()]
     for split, dialogue in tqdm(mine, desc=f"mine {config.task}", dynamic_ncols=True, disable=distributed.rank() > 0):
-        pairs = [pair.record() for pair in mine_dialogue(model, tokenizer, config, dialogue, strategies)]
-        append_line(journal, {"split": split, "dialogue": dialogue.id, "turns": len(dialogue), "pairs": pairs})
+        answers = answer_dialogue(sampler, config.task, config.routing, dialogue, config.samples)
+        if annotator and (together or config.task != "sp"):
+            answers = judge(annotator, config.routing, dialogue, answers)
+        append_line(journal, {"split": split, "dialogue": dialogue.id, "answers": [asdict(answer) for answer in answers]})
 
     distributed.barrier()
     if distributed.rank():
         return
-    mined = {(record["split"], record["dialogue"]): record for record in begun(config.folder, settings)}
-    for split, name in (("train", "pairs.jsonl"), ("valid", "pairs.valid.jsonl")):
-        records = [mined[which, dialogue.id] for which, dialogue in work if which == split]
-        pairs = [pair for record in records for pair in record["pairs"]]
-        write_lines(config.folder / name, pairs)
-        errors = Counter(pair["error"] for pair in pairs)
-        print(f"{config.folder / name}: {len(pairs)} pairs of {sum(r['turns'] for r in records)} turns {dict(errors)}")
-    cli.save_config(config, config.folder)
-    for journal in config.folder.glob("mining.*.jsonl"):
+    answered = {(record["split"], record["dialogue"]): record for record in begun(folder, settings)}
+    records = [answered[split, dialogue.id] for split, dialogue in work]
+    write_lines(folder / "answers.jsonl", [settings, *records])
+    for journal in folder.glob("mining.*.jsonl"):
         journal.unlink()
+    answers = [[Answer.read(answer) for answer in record["answers"]] for record in records]
+    for split, name in (("train", "pairs.jsonl"), ("valid", "pairs.valid.jsonl")):
+        routed = [
+            (said, *route(config.task, config.routing, dialogue, said, strategies, config.min_confidence))
+            for (which, dialogue), said in zip(work, answers)
+            if which == split
+        ]
+        write_lines(config.folder / name, [pair.record() for _, pairs, _ in routed for pair in pairs])
+        found = account(config.task, routed, strategies)
+        if split == "train":
+            write_json(config.folder / "mining.json", found)
+        print(f"\n{config.folder / name}\n{mining_table(found)}")
+    cli.save_config(config, config.folder)
+    if config.review:
+        reviewed = [(dialogue, answer) for (_, dialogue), said in zip(work, answers) for answer in said]
+        agreement.write_review(Path(config.out) / "review.csv", reviewed, config.review, config.seed)
 
 
 if __name__ == "__main__":

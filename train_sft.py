@@ -4,21 +4,24 @@
     torchrun train_sft.py --task rg --model Qwen/Qwen2.5-7B-Instruct --data ESConv.json --split-file split.json
 
 A LoRA adapter is trained on a frozen base model. Its defaults are the paper's (rate 1e-5, batch 32, 3 epochs, rank 16) for a 7B
-model. A dialogue's turns are read as one prefix tree (desc/tree.py). Writes OUT/TASK/sft/.
+model. A dialogue's turns are read as one prefix tree (desc/tree.py). Writes OUT/TASK/sft/. --task annotate learns from --labels what is
+wrong with supporters' turns, for mine_preferences.py --annotator local.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from desc import cli, distributed
+from desc import DescError, cli, distributed
+from desc.agreement import hold_out, read_labels
 from desc.encoding import Item, encode_example, mark_loss
 from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter
 from desc.losses import sft_loss
 from desc.modeling import load, sequence_logps
 from desc.plan import plan
-from desc.prompts import Example, build_examples
+from desc.prompts import TASKS, Example, build_examples
 from desc.strategies import Strategies, read_strategies
 from desc.training import ahead, all_batches, begin_step, due, finish, planner_scores, start, survive, take, update, validated
 from desc.tree import pack
@@ -29,6 +32,21 @@ class SFTConfig(cli.TrainConfig):
     lr: float = cli.flag(1e-5, "peak learning rate; a 135M model wants about 5e-4")
     epochs: int = cli.flag(3, "passes over the training dialogues")
     train_dialogues: int = cli.flag(0, "training dialogues to use, the first of the split; 0 takes all")
+    task: Literal[(*TASKS, "annotate")] = field(kw_only=True, metadata={"help": "planner, generator, both in one model, or annotator"})
+    labels: str | None = cli.flag(None, "for annotate: labelled turns (JSON lines, or the annotations published with DecoupledESC)")
+    label_map: str | None = cli.flag(None, "for annotate: JSON from the file's labels to ours")
+    held_out: float = cli.flag(0.2, "for annotate: the share of labelled dialogues, the last, that are kept for mine_preferences --agreement")
+
+
+def find_examples(config: SFTConfig, splits: dict[str, list[Dialogue]], strategies: Strategies) -> tuple[list[Example], list[Example]]:
+    """To train and to validate on."""
+    if config.task != "annotate":
+        parts = take(splits["train"], config.train_dialogues), take(splits["valid"], config.eval_dialogues)
+        return tuple(build_examples(config.task, part, strategies) for part in parts)
+    if not config.labels:
+        raise DescError("--task annotate learns from labelled turns: give --labels FILE")
+    rest, _ = hold_out(read_labels(config.labels, splits["test"], strategies, config.label_map), config.held_out)
+    return tuple([one.example() for one in part] for part in hold_out(rest, 0.1))
 
 
 @torch.no_grad()
@@ -38,7 +56,7 @@ def validate(model, tokenizer, config: SFTConfig, items: list[Item], dialogues: 
     total = torch.zeros((), device=model.device)
     for _, forest in distributed.portion(model, pack(items, config.share, config.max_tokens, distributed.size())):
         total += sft_loss(sequence_logps(model, forest), sum(len(item.sequences[0].completion) for item in items))
-    scores = {} if config.task == "rg" else planner_scores(model, tokenizer, config, dialogues, strategies)
+    scores = {} if config.task in ("rg", "annotate") else planner_scores(model, tokenizer, config, dialogues, strategies)
     return {"valid/loss": float(distributed.total(total)), **scores}
 
 
@@ -48,7 +66,7 @@ def main():
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     valid = take(splits["valid"], config.eval_dialogues)
-    examples = build_examples(config.task, take(splits["train"], config.train_dialogues), strategies)
+    examples, valid_examples = find_examples(config, splits, strategies)
     model, tokenizer = load(config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0)
 
     def encode_all(batch: list[Example]) -> list[Item]:
@@ -65,7 +83,7 @@ def main():
     add_adapter(model, "sft", config.rank, config.alpha, config.dropout)
     if config.plan:
         return print(plan(model, config, map(encode_all, all_batches(examples, config)), passes=1))
-    valid_items = encode_all(build_examples(config.task, valid, strategies))
+    valid_items = encode_all(valid_examples)
     run = start(model, config, examples, config.folder / "sft", device)
     for items, batches in ahead(prepare, run.batches[run.step :]):
         begin_step(run, config)

@@ -113,6 +113,11 @@ def adapter_off(model, *names: str):
             layer.off = off
 
 
+def adapter_only(model, *names: str):
+    """adapter_off for all adapters but `names`."""
+    return adapter_off(model, *{name for layer in lora_layers(model).values() for name in layer.adapters} - set(names))
+
+
 def merge_adapters(model) -> None:
     """Fold all adapters into the weights, in fp32 and rounded once, and leave plain linear layers."""
     for name, layer in lora_layers(model).items():

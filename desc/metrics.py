@@ -74,6 +74,15 @@ def scores_of_confusion(counts: np.ndarray) -> StrategyScores:
     return StrategyScores(float(hits.sum() / total), float(f1.mean()), float((f1 * gold).sum() / total))
 
 
+def kappa_of_confusion(counts: np.ndarray) -> float:
+    """Cohen's κ (1960) of two raters' (K, K) counts: (agreement − agreement by chance) / (1 − agreement by chance).
+
+    0 where chance alone agrees fully: both raters gave every turn the same label."""
+    share = counts / max(counts.sum(), 1e-12)
+    chance = float(share.sum(0) @ share.sum(1))
+    return (float(share.trace()) - chance) / (1 - chance) if chance < 1 else 0.0
+
+
 def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[np.ndarray], samples: int = 1000, seed: int = 0):
     """A 95 % percentile interval (low, high) of statistic(sum of the groups' arrays), resampling groups with replacement.
 

@@ -1,15 +1,29 @@
-"""Inferential Preference Mining: let a module answer the turns of training dialogues, and pair what it got wrong with the human answer."""
+"""Inferential Preference Mining: let the modules answer the turns of training dialogues, have what they answered judged, and route what
+is wrong to the module whose fault it is, paired with the human answer.
 
-from dataclasses import asdict, dataclass
+A module's answers (`answer_dialogue`) and the judgements on them (`judge`) are kept; which pairs they make (`route`) is a pure function
+of them, so another routing of the same answers costs nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from desc import DescError
 from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
 from desc.files import read_lines
+from desc.judging import MISMATCH, OF_REPLIES, UNREADABLE, Annotator, Case, Judgement
 from desc.prompts import Messages, build_completion, build_messages
-from desc.sampling import plan_dialogue, write_dialogue
 from desc.strategies import Strategies
+
+ROUTINGS = ("released", "paper", "all-to-rg")
+FAULTS = {  # which errors make a pair for which task
+    "sp": (MISMATCH,),
+    "rg": OF_REPLIES,
+    "vanilla": (MISMATCH, *OF_REPLIES),
+}
 
 
 @dataclass(frozen=True)
@@ -55,39 +69,129 @@ def read_pairs(path: Path, task: str) -> list[Pair]:
     return pairs
 
 
-def find_error(task: str, gold: Turn, strategy: str, reply: str) -> str | None:
-    """What is wrong with an answer, or None where it makes no pair: the one place for an annotator to sit.
+@dataclass(frozen=True)
+class Answer:
+    """What the modules said at supporter turn `turn`, and what the annotator says of it."""
 
-    Without one (the released SP rule), another strategy than the human's is a mismatch, and a reply that differs from the human's is
-    taken to be worse, "unjudged". An empty reply, or the same but for white space, teaches nothing."""
-    if task != "rg" and strategy != gold.strategy:
-        return "strategy mismatch"
-    if task == "sp" or not reply or reply.split() == gold.text.split():
-        return None
-    return "unjudged"
+    turn: int
+    strategy: str | None  # drawn by the planner, or the human's where only replies are mined; None where none could be read
+    reply: str  # "" where only strategies are mined
+    judged: Judgement | None = None
+    human: Judgement | None = None  # the same annotator on the human answer, where the routing asks for it
+
+    @staticmethod
+    def read(record: dict) -> "Answer":
+        judged, human = (record[name] and Judgement(**record[name]) for name in ("judged", "human"))
+        return Answer(**record | {"judged": judged, "human": human})
 
 
-def answer_dialogue(model, tokenizer, config, dialogue: Dialogue, strategies: Strategies) -> list[tuple[str, str]]:
-    """One sampled (strategy, reply) for every supporter turn, on the human history: what the module of config.task would have done.
+def answer_dialogue(sampler, task: str, routing: str, dialogue: Dialogue, samples: int) -> list[Answer]:
+    """`samples` answers at every supporter turn, on the human history (sampler: desc.sampling.LocalSampler or EndpointSampler).
 
-    The reply is "" for sp; rg answers under the human strategy."""
-    if config.task == "rg":
-        planned = [dialogue.supporter(turn).strategy for turn in range(len(dialogue))]
+    As released, each module is asked for its own part: sp for a strategy, rg for a reply under the human strategy. Otherwise both
+    answer together as they will be used: the planner's strategy, and the generator's reply under it."""
+    turns = [turn for turn in range(len(dialogue)) for _ in range(samples)]
+    if task == "vanilla":
+        return [Answer(turn, *said) for turn, said in zip(turns, sampler.whole(dialogue, turns))]
+    if task == "rg" and routing == "released":
+        planned = [dialogue.supporter(turn).strategy for turn in turns]
     else:
-        _, planned = plan_dialogue(model, tokenizer, config, config.task, dialogue, strategies)
-    if config.task == "sp":
-        return [(strategy, "") for strategy in planned]
-    return list(zip(planned, write_dialogue(model, tokenizer, config, config.task, dialogue, planned, strategies)))
+        planned = sampler.plan(dialogue, turns)
+    if task == "sp" and routing == "released":
+        return [Answer(turn, strategy, "") for turn, strategy in zip(turns, planned)]
+    known = [(turn, strategy) for turn, strategy in zip(turns, planned) if strategy]
+    replies = iter(sampler.write(dialogue, known))
+    return [Answer(turn, strategy, next(replies) if strategy else "") for turn, strategy in zip(turns, planned)]
 
 
-def mine_dialogue(model, tokenizer, config, dialogue: Dialogue, strategies: Strategies) -> list[Pair]:
-    """The pairs of one dialogue: chosen the human answer, rejected the module's."""
-    task, pairs = config.task, []
-    for turn, (strategy, reply) in enumerate(answer_dialogue(model, tokenizer, config, dialogue, strategies)):
-        gold = dialogue.supporter(turn)
-        if (error := find_error(task, gold, strategy, reply)) is None:
+def judge(annotator: Annotator, routing: str, dialogue: Dialogue, answers: list[Answer]) -> list[Answer]:
+    """The answers with their judgements; as released, those of the human answers too. Equal answers to a turn are judged once."""
+
+    def case(turn: int, strategy: str, reply: str) -> Case:
+        return Case(dialogue.turns[: 2 * turn + 1], strategy, reply)
+
+    theirs = {a: case(a.turn, a.strategy, a.reply) for a in answers if a.reply and a.strategy}
+    gold = {a.turn: dialogue.supporter(a.turn) for a in theirs}
+    ours = {turn: case(turn, human.strategy, human.text) for turn, human in gold.items()} if routing == "released" else {}
+    judged = annotator([*theirs.values(), *ours.values()])
+    of_answer, of_human = dict(zip(theirs, judged)), dict(zip(ours, judged[len(theirs) :]))
+    return [replace(a, judged=of_answer.get(a), human=of_human.get(a.turn)) for a in answers]
+
+
+def find_error(task: str, routing: str, gold: Turn, answer: Answer, least: float = 0.0) -> tuple[str | None, str]:
+    """(what is wrong with an answer, ""), or (None, why it makes no pair). `least` is the confidence that a judgement must have.
+
+    released   sp: another strategy than the human's. rg, vanilla: the annotator finds fault with the answer and none with the human's;
+               without an annotator any reply that differs from the human's is taken to be worse, "unjudged".
+    paper      what the annotator says decides: a strategy mismatch is the planner's fault, the errors of replies are the generator's.
+    all-to-rg  the ablation: a mismatch is the generator's fault too."""
+    if answer.strategy is None or (task == "sp" or answer.reply) == "":
+        return None, "empty or unreadable answer"
+    if build_completion(task, answer.strategy, answer.reply).split() == build_completion(task, gold.strategy, gold.text).split():
+        return None, "the human answer"
+    if routing == "released" and (task == "sp" or answer.judged is None):
+        return (MISMATCH if task != "rg" and answer.strategy != gold.strategy else "unjudged"), ""
+    error = answer.judged.error
+    if error in ("none", UNREADABLE) or answer.judged.confidence < least:
+        return None, {"none": "nothing wrong", UNREADABLE: "unreadable judgement"}.get(error, "unsure judgement")
+    if error not in FAULTS[task] and not (routing == "all-to-rg" and error == MISMATCH):
+        return None, f"not this module's fault: {error}"
+    if answer.human and answer.human.error in OF_REPLIES:
+        return None, "fault in the human answer"
+    return error, ""
+
+
+def route(
+    task: str, routing: str, dialogue: Dialogue, answers: list[Answer], strategies: Strategies, least: float = 0.0
+) -> tuple[list[Pair], Counter]:
+    """The pairs of one dialogue, chosen the human answer, rejected the modules'; and how many answers made none, by reason.
+
+    A pair's prompt for rg names the human strategy, which the chosen reply follows."""
+    pairs, dropped, seen = [], Counter(), set()
+    for answer in answers:
+        gold = dialogue.supporter(answer.turn)
+        error, reason = find_error(task, routing, gold, answer, least)
+        if error is None:
+            dropped[reason] += 1
             continue
-        prompt = build_messages(task, dialogue, turn, gold.strategy, strategies)
-        chosen, rejected = build_completion(task, gold.strategy, gold.text), build_completion(task, strategy, reply)
-        pairs.append(Pair(f"{task}/{dialogue.id}/{turn}", task, dialogue.id, turn, gold.strategy, error, prompt, chosen, rejected))
-    return pairs
+        rejected = build_completion(task, answer.strategy, answer.reply)
+        if (same := (answer.turn, *rejected.split())) in seen:
+            dropped["repeated"] += 1
+            continue
+        seen.add(same)
+        number = sum(pair.turn == answer.turn for pair in pairs)
+        name = f"{task}/{dialogue.id}/{answer.turn}" + (f"/{number}" if number else "")
+        prompt = build_messages(task, dialogue, answer.turn, gold.strategy, strategies)
+        chosen = build_completion(task, gold.strategy, gold.text)
+        pairs.append(Pair(name, task, dialogue.id, answer.turn, gold.strategy, error, prompt, chosen, rejected))
+    return pairs, dropped
+
+
+def account(task: str, routed: Iterable[tuple[list[Answer], list[Pair], Counter]], strategies: Strategies) -> dict:
+    """What was found, kept and dropped over dialogues, each (its answers, its pairs, why answers made none), and what looks wrong:
+    too much of one strategy, or too few template responses, are how the paper says that mining fails."""
+    answers, pairs, dropped = [], [], Counter()
+    for said, kept, reasons in routed:
+        answers, pairs, dropped = answers + said, pairs + kept, dropped + reasons
+
+    def rejected(pair: Pair) -> str | None:
+        return {"sp": pair.rejected, "rg": pair.strategy, "vanilla": strategies.split_tag(pair.rejected)[0]}[task]
+
+    found = {
+        "answers": len(answers),
+        "judged": Counter(a.judged.error for a in answers if a.judged),
+        "pairs": len(pairs),
+        "kept": Counter(pair.error for pair in pairs),
+        "dropped": dropped,
+        "chosen strategies": {name: sum(pair.strategy == name for pair in pairs) for name in strategies},
+        "rejected strategies": {name: sum(rejected(pair) == name for pair in pairs) for name in strategies},
+        "warnings": [],
+    }
+    for side in ("chosen strategies", "rejected strategies"):
+        name = max(found[side], key=found[side].get)
+        if found[side][name] > len(pairs) / 2 and len(pairs) >= 20:
+            share = f"{100 * found[side][name] / len(pairs):.0f} %"
+            found["warnings"].append(f"{name} makes {share} of the {side}: DPO would learn little else")
+    if task != "sp" and found["judged"] and found["kept"]["template response"] < 0.05 * len(pairs):
+        found["warnings"].append("fewer than 5 % of the pairs are template responses: replies may stay generic")
+    return found

@@ -69,3 +69,17 @@ def table(rows: dict[str, dict]) -> str:
         return text if low is None else text + (f" ({low:.2f}–{high:.2f})" if column == "B" else f" ({low:.1f}–{high:.1f})")
 
     return markdown([["system", *columns], *([name, *(cell(row, c) if c in row else "" for c in columns)] for name, row in rows.items())])
+
+
+def mining_table(found: dict) -> str:
+    """What desc.mining.account says, as text."""
+    answers = max(found["answers"], 1)
+
+    def counted(counts: dict) -> str:
+        return ", ".join(f"{name} {n} ({100 * n / answers:.1f} %)" for name, n in sorted(counts.items(), key=lambda c: -c[1])) or "none"
+
+    lines = [f"{found['answers']} answers, {found['pairs']} pairs"]
+    lines += [f"{name}: {counted(found[name])}" for name in ("judged", "kept", "dropped") if found[name]]
+    rows = [["strategy", "chosen", "rejected"]]
+    rows += [[name, str(n), str(found["rejected strategies"][name])] for name, n in found["chosen strategies"].items()]
+    return "\n".join([*lines, "", markdown(rows), *(f"warning: {text}" for text in found["warnings"])])

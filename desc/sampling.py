@@ -1,6 +1,8 @@
 """What a model would do: the exact distribution over strategies, and replies in batches."""
 
 import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -8,8 +10,10 @@ import torch
 from transformers import DynamicCache
 
 from desc import distributed
-from desc.encoding import Sequence, encode
+from desc.encoding import Item, Sequence, encode
+from desc.endpoint import Endpoint
 from desc.esconv import Dialogue
+from desc.lora import adapter_only
 from desc.modeling import forward, sequence_logps, tree_mask
 from desc.prompts import build_messages
 from desc.strategies import ESCONV, Strategies
@@ -21,7 +25,6 @@ def seeded(*parts) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
 
 
-@torch.no_grad()
 def score_strategies(
     model, tokenizer, task: str, dialogues: list[Dialogue], strategies: Strategies = ESCONV, max_length: int = 2048, max_tokens: int = 2048
 ) -> torch.Tensor:
@@ -35,9 +38,15 @@ def score_strategies(
         for turn in range(len(dialogue)):
             messages = build_messages(task, dialogue, turn, strategies=strategies)
             items.append(encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, texts, max_length, end=task == "sp"))
+    return score(model, items, max_tokens)
+
+
+@torch.no_grad()
+def score(model, items: list[Item], max_tokens: int) -> torch.Tensor:
+    """log p(completion | prompt), normalised over each item's K completions: (len(items), K) fp32. Items are told apart by id."""
     scored, ranks = [], distributed.size() if distributed.sharded(model) else 1
     for members, forest in distributed.portion(model, pack(items, "dialogue", max_tokens, ranks)):
-        logps = sequence_logps(model, forest).view(len(members), len(strategies)).log_softmax(-1).cpu()
+        logps = sequence_logps(model, forest).view(len(members), -1).log_softmax(-1).cpu()
         scored += zip((item.id for item in members), logps)
     rows = dict(chain(*distributed.collect(scored))) if distributed.sharded(model) else dict(scored)
     return torch.stack([rows[item.id] for item in items])
@@ -55,31 +64,33 @@ def temper(logps: torch.Tensor, temperature: float, top_p: float) -> torch.Tenso
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
 
 
-def plan_dialogue(model, tokenizer, config, task: str, dialogue: Dialogue, strategies: Strategies) -> tuple[torch.Tensor, list[str]]:
-    """The exact distribution (T, K) at every supporter turn, as logarithms, and one strategy drawn from each of its rows.
+def plan_dialogue(
+    model, tokenizer, config, task: str, dialogue: Dialogue, strategies: Strategies, turns: list[int] | None = None
+) -> tuple[torch.Tensor, list[str]]:
+    """The exact distribution (T, K) at every supporter turn, as logarithms, and a strategy drawn at each of `turns` (all, once).
 
     `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw together with the dialogue's id."""
     logps = score_strategies(model, tokenizer, task, [dialogue], strategies, config.max_length, config.max_tokens)
-    probabilities = temper(logps, config.temperature, config.top_p)
+    probabilities = temper(logps, config.temperature, config.top_p)[list(range(len(dialogue))) if turns is None else turns]
     drawn = torch.multinomial(probabilities, 1, generator=seeded(config.seed, "plan", dialogue.id))[:, 0]
     return logps, [strategies.names[i] for i in drawn.tolist()]
 
 
 def write_dialogue(
-    model, tokenizer, config, task: str, dialogue: Dialogue, planned: list[str | None], strategies: Strategies
+    model, tokenizer, config, task: str, dialogue: Dialogue, planned: list[tuple[int, str | None]], strategies: Strategies
 ) -> list[str]:
-    """What the module of `task` writes at every supporter turn, on the human history; one sampled text a turn.
+    """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history; one sampled text each.
 
-    `planned` goes into rg's system message, and opens vanilla's answer as the tag "[strategy]", which is not repeated in what is
+    The strategy goes into rg's system message, and opens vanilla's answer as the tag "[strategy]", which is not repeated in what is
     returned; None leaves the whole answer to vanilla or sp (free decoding). The history is cut to leave room for max_new_tokens."""
     prompts = []
-    for turn, strategy in enumerate(planned):
+    for turn, strategy in planned:
         messages = build_messages(task, dialogue, turn, strategy, strategies)
         tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
         room = config.max_length - config.max_new_tokens
         item = encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, [tag], room, end=False)
         prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
-    written = generate(model, prompts, config, seeded(config.seed, "write", dialogue.id).initial_seed())
+    written = generate(model, prompts, config, seeded(config.seed, "write", dialogue.id).initial_seed()) if prompts else []
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
@@ -115,3 +126,49 @@ def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[in
 
         logits = forward(model, tokens, here, mask, cache=cache)
     return written
+
+
+@dataclass(frozen=True)
+class LocalSampler:
+    """Answers with the model's own modules; an adapter that bears a module's name is that module."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    config: object  # a desc.cli.SampleConfig
+    strategies: Strategies
+
+    def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
+        with adapter_only(self.model, task):
+            return plan_dialogue(self.model, self.tokenizer, self.config, task, dialogue, self.strategies, turns)[1]
+
+    def write(self, dialogue: Dialogue, planned: list[tuple[int, str]], task: str = "rg") -> list[str]:
+        with adapter_only(self.model, task):
+            return write_dialogue(self.model, self.tokenizer, self.config, task, dialogue, planned, self.strategies)
+
+    def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str, str]]:
+        planned = self.plan(dialogue, turns, "vanilla")
+        return list(zip(planned, self.write(dialogue, list(zip(turns, planned)), "vanilla")))
+
+
+@dataclass(frozen=True)
+class EndpointSampler:
+    """Answers with models behind an endpoint, which decode freely: a strategy that cannot be read is None."""
+
+    endpoint: Endpoint
+    config: object  # a desc.cli.SampleConfig
+    strategies: Strategies
+
+    def ask(self, task: str, dialogue: Dialogue, planned: Iterable[tuple[int, str | None]]) -> list[str]:
+        asked = [build_messages(task, dialogue, turn, strategy, self.strategies) for turn, strategy in planned]
+        config = self.config
+        settings = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
+        return [text.strip() for text in self.endpoint.ask_all(asked, task, **settings)]
+
+    def plan(self, dialogue: Dialogue, turns: list[int]) -> list[str | None]:
+        return [self.strategies.parse(text) for text in self.ask("sp", dialogue, [(turn, None) for turn in turns])]
+
+    def write(self, dialogue: Dialogue, planned: list[tuple[int, str]]) -> list[str]:
+        return self.ask("rg", dialogue, planned)
+
+    def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str | None, str]]:
+        return [self.strategies.split_tag(text) for text in self.ask("vanilla", dialogue, [(turn, None) for turn in turns])]

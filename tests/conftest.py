@@ -1,12 +1,16 @@
 """Fixtures that several files share, and the marker `slow`: skipped unless --slow is given."""
 
+import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 
+from desc import endpoint
 from desc.esconv import load_dialogues
 from desc.modeling import load
 
@@ -56,3 +60,38 @@ def esconv_path():
     if not path.is_file():
         pytest.skip("set DESC_ESCONV to an ESConv.json that has the DecoupledESC split.json beside it")
     return path
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on loopback that answers each call by the next of server.script, a status or a text, and the last ever after."""
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: server.waits.append(seconds))
+    monkeypatch.setenv("DESC_API_KEY", "hush")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with server.lock:
+                server.calls.append((self.headers["Authorization"], body))
+                now = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+            now = now(body) if callable(now) else now
+            answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": now}}]}
+            answer |= {"id": "1", "created": 0, "model": "m", "object": "chat.completion", "system_fingerprint": ""}
+            answer |= {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+            data = json.dumps({"error": "wrong key hush"} if isinstance(now, int) else answer).encode()
+            self.send_response(now if isinstance(now, int) else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.calls, server.waits, server.script, server.lock = [], [], ["hello"], threading.Lock()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

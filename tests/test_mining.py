@@ -1,34 +1,116 @@
 """pytest tests/test_mining.py"""
 
 import json
+from collections import Counter
+from dataclasses import asdict, replace
 
 import pytest
 
 from desc import DescError
-from desc.esconv import Turn
+from desc.esconv import Dialogue, Turn
 from desc.files import write_lines
-from desc.mining import Pair, find_error, read_pairs
+from desc.judging import UNREADABLE, Case, Judgement
+from desc.mining import Answer, Pair, account, find_error, judge, read_pairs, route
+from desc.strategies import ESCONV
 
 GOLD = Turn("supporter", "How are you?", "Question")
 PROMPT = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]
 PAIR = Pair("sp/7/0", "sp", "7", 0, "Question", "strategy mismatch", PROMPT, "Question", "Others")
 
 
+def judged(error, confidence=0.8):
+    return Judgement(error, confidence)
+
+
 @pytest.mark.parametrize(
     "task, strategy, reply, error",
     [
-        ("sp", "Question", "", None),
+        ("sp", "Question", "", "the human answer"),
         ("sp", "Others", "", "strategy mismatch"),
+        ("sp", None, "", "empty or unreadable answer"),
         ("rg", "Question", "Fine.", "unjudged"),
-        ("rg", "Question", "How  are\nyou?", None),
-        ("rg", "Question", "", None),
+        ("rg", "Question", "How  are\nyou?", "the human answer"),
+        ("rg", "Question", "", "empty or unreadable answer"),
         ("vanilla", "Others", "How are you?", "strategy mismatch"),
         ("vanilla", "Question", "Fine.", "unjudged"),
-        ("vanilla", "Question", "How are you?", None),
+        ("vanilla", "Question", "How are you?", "the human answer"),
     ],
 )
-def test_which_answers_make_a_pair(task, strategy, reply, error):
-    assert find_error(task, GOLD, strategy, reply) == error
+def test_which_answers_make_a_pair_without_an_annotator(task, strategy, reply, error):
+    assert error in find_error(task, "released", GOLD, Answer(0, strategy, reply))
+
+
+NOT_MINE = "not this module's fault"
+TABLE = [  # the annotator's word, and what becomes of it under (paper, all-to-rg, released) for (sp, rg, vanilla)
+    ("strategy mismatch", "strategy mismatch", NOT_MINE, "strategy mismatch", "strategy mismatch", NOT_MINE),
+    ("lack of empathy", NOT_MINE, "lack of empathy", "lack of empathy", "lack of empathy", "lack of empathy"),
+    ("early emotion shift", NOT_MINE, "early emotion shift", "early emotion shift", "early emotion shift", "early emotion shift"),
+    ("template response", NOT_MINE, "template response", "template response", "template response", "template response"),
+    ("emotion misread", NOT_MINE, NOT_MINE, NOT_MINE, NOT_MINE, NOT_MINE),
+    ("none", *["nothing wrong"] * 5),
+    (UNREADABLE, *["unreadable judgement"] * 5),
+]
+
+
+@pytest.mark.parametrize("said, sp, rg, vanilla, all_to_rg, released", TABLE)
+def test_the_annotators_word_routes_an_answer(said, sp, rg, vanilla, all_to_rg, released):
+    answer = Answer(0, "Others", "Fine.", judged(said))
+    cases = [("sp", "paper", sp), ("rg", "paper", rg), ("vanilla", "paper", vanilla)]
+    cases += [("rg", "all-to-rg", all_to_rg), ("rg", "released", released)]
+    for task, routing, expected in cases:
+        error, reason = find_error(task, routing, GOLD, answer)
+        assert (error or reason).startswith(expected) and bool(error) is (expected == said)
+    assert find_error("sp", "released", GOLD, answer) == ("strategy mismatch", "")  # which asks no annotator
+    if released == said:
+        assert find_error("rg", "released", GOLD, replace(answer, human=judged("template response")))[1] == "fault in the human answer"
+        assert find_error("rg", "released", GOLD, replace(answer, human=judged("none")))[0] == said
+        assert find_error("rg", "released", GOLD, answer, least=0.81)[1] == "unsure judgement"
+        assert find_error("rg", "released", GOLD, answer, least=0.8)[0] == said
+
+
+DIALOGUE = Dialogue("7", (Turn("seeker", "Hi"), GOLD, Turn("seeker", "Low."), Turn("supporter", "Oh no.", "Reflection of feelings")))
+
+
+def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
+    answers = [Answer(0, "Others", "Hm.", judged("template response")), Answer(0, "Others", "Hm  .", judged("template response"))]
+    answers += [Answer(0, "Others", "Hm.\n", judged("template response")), Answer(0, "Question", "Why?", judged("none"))]
+    answers += [Answer(1, "Others", "Hm.", judged("lack of empathy"))]
+    pairs, dropped = route("rg", "paper", DIALOGUE, answers, ESCONV)
+    assert [(p.id, p.error, p.rejected) for p in pairs] == [
+        ("rg/7/0", "template response", "Hm."),
+        ("rg/7/0/1", "template response", "Hm  ."),
+        ("rg/7/1", "lack of empathy", "Hm."),
+    ]
+    assert dropped == {"repeated": 1, "nothing wrong": 1}
+    assert [p.chosen for p in pairs] == ["How are you?", "How are you?", "Oh no."]
+    assert "Reflection of feelings" in pairs[2].prompt[0]["content"].rpartition("is: ")[2]  # the human strategy, which chosen follows
+    found = account("rg", [(answers, pairs, dropped)], ESCONV)
+    assert found["answers"] == len(pairs) + sum(dropped.values()) == 5
+    assert found["judged"] == {"template response": 3, "none": 1, "lack of empathy": 1}
+    assert found["chosen strategies"]["Question"] == 2 and found["warnings"] == []
+    many = account("rg", [([replace(a, judged=judged("lack of empathy")) for a in answers[:1]] * 20, pairs[2:] * 20, Counter())], ESCONV)
+    assert len(many["warnings"]) == 3  # one strategy on both sides, no template response
+
+
+def test_answers_come_back_from_their_records():
+    for answer in (Answer(0, "Others", "Hm.", judged("none"), judged("none")), Answer(1, None, "")):
+        assert Answer.read(json.loads(json.dumps(asdict(answer)))) == answer
+
+
+def test_the_annotator_sees_each_answer_once_and_the_human_one_where_released():
+    seen = []
+
+    def annotator(cases):
+        seen.extend(cases)
+        return [judged("none" if case.reply in ("How are you?", "Oh no.") else "lack of empathy") for case in cases]
+
+    answers = [Answer(0, "Others", "Hm."), Answer(0, "Others", "Hm."), Answer(1, None, ""), Answer(1, "Question", "So?")]
+    done = judge(annotator, "paper", DIALOGUE, answers)
+    assert seen == [Case(DIALOGUE.turns[:1], "Others", "Hm."), Case(DIALOGUE.turns[:3], "Question", "So?")]
+    assert [a.judged and a.judged.error for a in done] == ["lack of empathy", "lack of empathy", None, "lack of empathy"]
+    assert all(a.human is None for a in done)
+    done = judge(annotator, "released", DIALOGUE, answers)
+    assert len(seen) == 2 + 4 and done[3].human.error == "none" and done[3].judged.error == "lack of empathy"
 
 
 def test_pairs_are_trls_conversational_format_and_come_back(tmp_path):

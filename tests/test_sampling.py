@@ -72,11 +72,11 @@ def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
     """So a resumed mining run draws what an uninterrupted one would have drawn."""
     model, tokenizer = toy
     planned = plan_dialogue(model, tokenizer, CONFIG, "vanilla", sample[0], ESCONV)[1]
-    first = write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], ["Question"] * len(sample[0]), ESCONV)
+    first = write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], [(turn, "Question") for turn in range(len(sample[0]))], ESCONV)
     torch.rand(3)
     state = torch.get_rng_state()
     assert plan_dialogue(model, tokenizer, CONFIG, "vanilla", sample[0], ESCONV)[1] == planned
-    assert write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], ["Question"] * len(sample[0]), ESCONV) == first
+    assert write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], [(turn, "Question") for turn in range(len(sample[0]))], ESCONV) == first
     assert torch.equal(torch.get_rng_state(), state)  # and the global generator is left alone
     other = SimpleNamespace(**{**vars(CONFIG), "seed": 1})
-    assert write_dialogue(model, tokenizer, other, "rg", sample[0], ["Question"] * len(sample[0]), ESCONV) != first
+    assert write_dialogue(model, tokenizer, other, "rg", sample[0], [(turn, "Question") for turn in range(len(sample[0]))], ESCONV) != first

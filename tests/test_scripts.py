@@ -45,7 +45,7 @@ def test_artefacts_hold_what_made_them(out, task):
         config = json.loads((out / task / stage / "config.json").read_text())
         assert config["task"] == task and config["model"] == "toy"
         assert json.loads((out / task / stage / "adapter_config.json").read_text())["r"] == rank
-    assert not list(out.rglob("*.tmp")) and not list(out.rglob("mining*"))
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob("mining.*.jsonl"))
     for pair in lines(out / task / "pairs.jsonl"):
         assert pair["chosen"] != pair["rejected"] and pair["id"] == f"{task}/{pair['dialogue']}/{pair['turn']}"
 
@@ -90,6 +90,61 @@ def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
     run("mine_preferences.py", *flags, "--max-new-tokens", 6, "--out", tmp_path)
     mined = lines(tmp_path / "sp" / "pairs.jsonl")
     assert mined == [json.loads(line) for line in whole.splitlines()]
+
+
+def test_an_annotator_is_trained_and_measured(tmp_path, sample):
+    labelled = [
+        {"dialogue": d.id, "turn": 0, "context": [vars(d.turns[0])], "strategy": "Others", "response": "I see.", "label": "none"}
+        for d in sample[:10]
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in labelled))
+    common = ("--model", "toy", "--out", tmp_path, "--max-length", 4096)
+    assert "give --labels" in run("train_sft.py", "--task", "annotate", *common, fails=True)
+    said = run("train_sft.py", "--task", "annotate", *common, "--labels", tmp_path / "labels.jsonl", "--epochs", 1)
+    assert "7 examples in 1 steps" in said  # two dialogues of ten are held out, one of the other eight validates
+    flags = ("--task", "rg", *common, "--agreement", tmp_path / "labels.jsonl")
+    assert "give --annotator" in run("mine_preferences.py", *flags, fails=True)
+    said = run("mine_preferences.py", *flags, "--annotator", "local")
+    assert "uses the adapter" in said and "2 turns of 2 dialogues" in said and "| none | 2 |" in said
+
+
+def test_an_endpoint_answers_and_judges_and_its_word_routes(tmp_path, server):
+    """It writes "Hm." under the strategy Question, a template response but for what is said at turn 1: there the strategy is wrong. It
+    refuses in the middle; the same command then goes on and asks for nothing twice."""
+
+    def answer(body):
+        user = body["messages"][-1]["content"]
+        said = "strategy mismatch" if user.count("\nseeker: ") == 1 else "template response"
+        return {"sp": "Question", "rg": "Hm.", "annotate": json.dumps({"error": said, "explanation": "So.", "confidence": 0.9})}[body["model"]]
+
+    common = ("--out", tmp_path, "--train-dialogues", 2, "--eval-dialogues", 1, "--routing", "paper", "--sampler", "endpoint")
+    common += ("--annotator", "endpoint", "--endpoint", server.url, "--endpoint-model", "{task}", "--concurrency", 3)
+    assert "--endpoint-model" in run("mine_preferences.py", "--task", "sp", *common[:-4], fails=True)
+    server.script = [answer] * 30 + [401]
+    said = run("mine_preferences.py", "--task", "sp", *common, fails=True)
+    assert "refuses: 401" in said and "hush" not in said
+    server.script, server.calls[:] = [answer], [call for call in server.calls[:30]]
+    assert "--max-calls 5 are spent" in run("mine_preferences.py", "--task", "sp", *common, "--max-calls", 5, fails=True)
+    del server.calls[30:]
+    run("mine_preferences.py", "--task", "sp", *common)
+    settings, *records = lines(tmp_path / "mined" / "answers.jsonl")
+    turns = sum(len(record["answers"]) for record in records)
+    dialogues = [record["dialogue"] for record in records]
+    assert "hush" not in json.dumps(settings) and len(set(dialogues)) == len(dialogues) == 3
+    assert all(answer["reply"] == "Hm." and answer["judged"]["explanation"] == "So." for r in records for answer in r["answers"])
+    calls = len(server.calls)
+    assert 3 * turns <= calls < 3 * turns + 30  # what the refusal cut off was asked again, what was done was not
+    said = run("mine_preferences.py", "--task", "rg", *common, "--review", 3)
+    assert len(server.calls) == calls  # the other task reads the same answers
+    pairs = {task: lines(tmp_path / task / "pairs.jsonl") for task in ("sp", "rg")}
+    assert {pair["turn"] for pair in pairs["sp"]} <= {1} and all(pair["error"] == "strategy mismatch" for pair in pairs["sp"])
+    assert 1 not in {pair["turn"] for pair in pairs["rg"]} and all(pair["error"] == "template response" for pair in pairs["rg"])
+    found = json.loads((tmp_path / "rg" / "mining.json").read_text())
+    assert len(pairs["rg"]) + sum(found["dropped"].values()) == found["answers"] == sum(found["judged"].values())
+    assert f"{found['answers']} answers, {len(pairs['rg'])} pairs" in said
+    review = (tmp_path / "review.csv").read_text(encoding="utf-8-sig")
+    (tmp_path / "review.csv").write_text(review.replace(",So.,\n", ",So.,none\n"), encoding="utf-8")
+    assert "3 turns of" in run("mine_preferences.py", "--task", "rg", "--agreement", tmp_path / "review.csv", "--model", "toy")
 
 
 def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):

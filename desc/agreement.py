@@ -1,0 +1,177 @@
+"""Labelled turns: given to people to label, read back, learned from, and held against an annotator."""
+
+import csv
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from desc import DescError
+from desc.esconv import Dialogue, Turn
+from desc.files import read_lines, write_bytes
+from desc.judging import LABELS, Annotator, Case, judging_messages
+from desc.metrics import bootstrap, kappa_of_confusion
+from desc.mining import Answer
+from desc.prompts import Example
+from desc.report import markdown
+from desc.strategies import Strategies
+
+REVIEW = ("dialogue", "turn", "context", "strategy", "reply", "annotator", "confidence", "explanation", "label")
+SHOWN = 6  # utterances of context in a review
+
+
+@dataclass(frozen=True)
+class Labelled:
+    dialogue: str
+    turn: int
+    case: Case
+    label: str  # one of LABELS
+
+    def example(self) -> Example:
+        """For SFT of an annotator."""
+        return Example(self.dialogue, self.turn, judging_messages(self.case), self.label)
+
+
+def read_labels(path: str | Path, dialogues: list[Dialogue], strategies: Strategies, label_map: str | None = None) -> list[Labelled]:
+    """Labelled turns from JSON lines {dialogue, turn, context: [{speaker, text}, …], strategy, response, label}, or from the error
+    annotations published with DecoupledESC, whose turns are looked up in `dialogues`, the test split.
+
+    `label_map` is a JSON object from the file's labels to ours; None knows ours and the published ones. Rows with other labels are
+    left out. Raises DescError naming the row where a field is missing."""
+    known = json.loads((files("desc") / "data" / "labels.json").read_text(encoding="utf-8"))
+    try:
+        known = json.loads(Path(label_map).read_text(encoding="utf-8")) if label_map else known
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DescError(f"{label_map or path}: cannot be read ({error})") from None
+    known |= {label: label for label in LABELS}
+    records = json.loads(text) if text.lstrip().startswith("[") else read_lines(Path(path))
+    published = bool(records) and "user_input" in records[0]
+    turns = find_turns([record.get("user_input") or "" for record in records], dialogues) if published else [None] * len(records)
+    labelled = []
+    for number, (record, turn) in enumerate(zip(records, turns), 1):
+        try:
+            label = known.get(record["Error Type" if published else "label"])
+            if turn:
+                name, k, history = turn[0].id, turn[1], turn[0].turns[: 2 * turn[1] + 1]
+                reply = strategies.split_tag(record["response"])[1]
+            else:
+                name, k, reply = str(record["dialogue"]), record["turn"], record["response"]
+                history = tuple(Turn(said["speaker"], said["text"]) for said in record["context"])
+            if label:
+                labelled.append(Labelled(name, k, Case(history, record["strategy"], reply), label))
+        except (KeyError, TypeError) as error:
+            raise DescError(f"{path}: row {number} is no labelled turn ({type(error).__name__}: {error})") from None
+    if not labelled:
+        raise DescError(f"{path}: holds no turn with a label that is known; give --label-map")
+    return labelled
+
+
+def find_turns(said: list[str], dialogues: list[Dialogue]) -> list[tuple[Dialogue, int]]:
+    """The supporter turns before which the seeker said these, each turn once, in an order near that of the dialogues.
+
+    Where several turns fit (an empty utterance, "Hi"), the nearest in that order is taken. Raises DescError where none is left."""
+    places: dict[str, list[int]] = {}
+    turns = [(dialogue, turn) for dialogue in dialogues for turn in range(len(dialogue))]
+    for place, (dialogue, turn) in enumerate(turns):
+        places.setdefault(" ".join(dialogue.turns[2 * turn].text.casefold().split()), []).append(place)
+    found = []
+    for number, text in enumerate(said):
+        fitting = places.get(" ".join(text.casefold().split()))
+        if not fitting:
+            raise DescError(f"row {number + 1}: no test turn of --data is left before which the seeker says {text[:60]!r}")
+        nearest = min(fitting, key=lambda place: abs(place - number))
+        fitting.remove(nearest)
+        found.append(turns[nearest])
+    return found
+
+
+def hold_out(labelled: list[Labelled], share: float) -> tuple[list[Labelled], list[Labelled]]:
+    """(the rest, those of the last `share` of dialogues), dialogues in the order of the file: no dialogue is on both sides."""
+    order = list(dict.fromkeys(one.dialogue for one in labelled))
+    last = set(order[len(order) - round(share * len(order)) :])
+    rest, held = ([one for one in labelled if (one.dialogue in last) is side] for side in (False, True))
+    return rest, sorted(held, key=lambda one: order.index(one.dialogue))
+
+
+def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int, seed: int) -> None:
+    """`count` random judged answers as a CSV for people to label, in their column "label" (UTF-8 with a mark, for spreadsheets)."""
+    judged = [one for one in answers if one[1].judged]
+    chosen = random.Random(seed).sample(judged, min(count, len(judged)))
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(REVIEW)
+    for dialogue, answer in chosen:
+        history = dialogue.turns[: 2 * answer.turn + 1][-SHOWN:]
+        context = "\n".join(f"{turn.speaker}: {turn.text}" for turn in history)
+        judged = answer.judged
+        row = [dialogue.id, answer.turn, context, answer.strategy, answer.reply, judged.error, judged.confidence, judged.explanation, ""]
+        # A spreadsheet would compute a cell that begins like a formula.
+        writer.writerow(["'" + cell if isinstance(cell, str) and cell[:1] in "=+-@\t" and cell else cell for cell in row])
+    write_bytes(path, table.getvalue().encode("utf-8-sig"))
+
+
+def read_review(path: str | Path) -> tuple[list[str], list[str], list[str]]:
+    """(people's labels, the annotator's, dialogues) of the rows of a review that have a label.
+
+    Raises DescError naming the row where a label is none of LABELS."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DescError(f"{path}: cannot be read as UTF-8 ({error})") from None
+    people, annotator, dialogues = [], [], []
+    for number, row in enumerate(rows, 2):
+        if missing := {"label", "annotator", "dialogue"} - {name for name, cell in row.items() if cell is not None}:
+            raise DescError(f"{path}: line {number} lacks {', '.join(sorted(missing))}")
+        if not (label := row["label"].strip().casefold()):
+            continue
+        if label not in LABELS:
+            raise DescError(f"{path}: row {number} is labelled {label!r}; labels are {', '.join(LABELS)}")
+        people.append(label), annotator.append(row["annotator"]), dialogues.append(row["dialogue"])
+    if not people:
+        raise DescError(f"{path}: no row has a label yet")
+    return people, annotator, dialogues
+
+
+def measure(config, dialogues: list[Dialogue], strategies: Strategies, annotator: Annotator | None) -> str:
+    """`compare` for the file config.agreement: a review as people labelled it, or labelled turns, of which the annotator judges those
+    that are held out. Raises DescError where it would need an annotator."""
+    if config.agreement.endswith(".csv"):
+        return compare(*read_review(config.agreement), config.seed)
+    if annotator is None:
+        raise DescError("--agreement with labelled turns needs an annotator: give --annotator local or endpoint")
+    held = hold_out(read_labels(config.agreement, dialogues, strategies, config.label_map), config.held_out)[1]
+    found = []
+    for name, group in groupby(tqdm(held, desc="annotate", dynamic_ncols=True), key=lambda one: one.dialogue):
+        group = list(group)
+        found += [(one.label, judged.error, name) for one, judged in zip(group, annotator([one.case for one in group]))]
+    return compare(*zip(*found), config.seed)
+
+
+def compare(theirs: Sequence[str], ours: Sequence[str], dialogues: Sequence[str], seed: int = 0) -> str:
+    """How far an annotator (`ours`) agrees with labels (`theirs`), as text: κ with its 95 % interval (bootstrap over dialogues), a row
+    a type, and the confusion matrix. A judgement that could not be read agrees with nothing."""
+    names = [*LABELS, *sorted(set(ours) - set(LABELS))]
+    counts = {dialogue: np.zeros((len(names), len(names))) for dialogue in dialogues}
+    for label, found, dialogue in zip(theirs, ours, dialogues, strict=True):
+        counts[dialogue][names.index(found), names.index(label)] += 1
+    groups, whole = list(counts.values()), sum(counts.values())
+    low, high = bootstrap(kappa_of_confusion, groups, seed=seed)
+    most = whole.sum(0).max() / whole.sum()
+    head = f"{len(theirs)} turns of {len(groups)} dialogues: κ {kappa_of_confusion(whole):.3f} ({low:.3f}–{high:.3f}), the same label "
+    head += f"for {100 * whole.trace() / whole.sum():.1f} %; always the commonest would be right for {100 * most:.1f} % (κ 0)"
+    lines = [["type", "labelled", "annotated", "precision", "recall", "κ"]]
+    for i, name in enumerate(names):
+        hits, found, labelled = whole[i, i], whole[i].sum(), whole[:, i].sum()
+        pair = np.array([[hits, found - hits], [labelled - hits, whole.sum() - found - labelled + hits]])
+        shares = [f"{100 * hits / n:.0f} %" if n else "" for n in (found, labelled)]
+        lines.append([name, f"{labelled:.0f}", f"{found:.0f}", *shares, f"{kappa_of_confusion(pair):.3f}"])
+    matrix = [["annotated \\ labelled", *names], *([name, *(f"{n:.0f}" for n in row)] for name, row in zip(names, whole))]
+    return "\n\n".join([head, markdown(lines), markdown(matrix)])

@@ -1,0 +1,61 @@
+"""A model behind a server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp's, `transformers serve`, hosted ones."""
+
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+from desc import DescError
+from desc.prompts import Messages
+
+
+class Endpoint:
+    """Chat completions, `concurrency` at a time.
+
+    "{task}" in the model's name stands for the module that is asked (sp, rg, vanilla, annotate): one server may hold an adapter for each.
+    A key is read from $DESC_API_KEY. A call that meets 429, 5xx, a timeout or no connection is tried again, `tries` times in all,
+    after 1, 2, 4, … seconds. Raises DescError where the server refuses, stays away, or `max_calls` (0: no limit) are spent."""
+
+    def __init__(self, url: str, model: str, concurrency: int = 8, timeout: float = 120, max_calls: int = 0, tries: int = 7):
+        self.key = os.environ.get("DESC_API_KEY")
+        # Without a key `token=False`, or the client would send the one that is stored for the Hub.
+        self.client = InferenceClient(base_url=url, token=self.key or False, timeout=timeout)
+        self.url, self.model, self.tries = url, model, tries
+        self.max_calls, self.calls, self.lock = max_calls, 0, threading.Lock()
+        self.refused: set[str] = set()  # settings that this server does not know
+        self.pool = ThreadPoolExecutor(concurrency)
+
+    def ask_all(self, conversations: list[Messages], task: str, **settings) -> list[str]:
+        """What the model writes after each, in their order; `settings` are the protocol's."""
+        return list(self.pool.map(lambda messages: self.ask(messages, task, **settings), conversations))
+
+    def ask(self, messages: Messages, task: str, **settings) -> str:
+        for attempt in range(self.tries):
+            known = {name: value for name, value in settings.items() if name not in self.refused}
+            self.count()
+            try:
+                answer = self.client.chat_completion(messages, model=self.model.replace("{task}", task), **known)
+                return answer.choices[0].message.content or ""
+            except HfHubHTTPError as error:
+                status, said = error.response.status_code, " ".join(error.response.text.split())[:200]
+                problem = f"{status} {said.replace(self.key, '…') if self.key else said}"  # some servers say the key in their complaint
+                if status in (400, 422) and "response_format" in known:
+                    self.refused.add("response_format")
+                    continue
+                if status not in (408, 409, 429) and status < 500:
+                    raise DescError(f"{self.url} refuses: {problem}") from None
+            except (HTTPError, OSError) as error:
+                problem = type(error).__name__
+            if attempt + 1 < self.tries:
+                time.sleep(2**attempt * random.uniform(0.8, 1.2))
+        raise DescError(f"{self.url} does not answer ({problem}), tried {self.tries} times; the same command goes on from here")
+
+    def count(self) -> None:
+        with self.lock:
+            if self.max_calls and self.calls >= self.max_calls:
+                raise DescError(f"--max-calls {self.max_calls} are spent; a larger number goes on from here")
+            self.calls += 1

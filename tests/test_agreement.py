@@ -1,0 +1,108 @@
+"""pytest tests/test_agreement.py"""
+
+import csv
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+from sklearn.metrics import cohen_kappa_score
+
+from desc import DescError
+from desc.agreement import compare, find_turns, hold_out, read_labels, read_review, write_review
+from desc.esconv import Dialogue, Turn
+from desc.judging import LABELS, Judgement
+from desc.metrics import kappa_of_confusion
+from desc.mining import Answer
+from desc.strategies import ESCONV
+
+
+def talk(name, *said):
+    """A dialogue in which the seeker says these, each followed by a supporter's question."""
+    return Dialogue(name, tuple(turn for text in said for turn in (Turn("seeker", text), Turn("supporter", "So?", "Question"))))
+
+
+def test_kappa_by_hand():
+    """20 + 15 of 50 agree: 0.7. Raters say yes for 25 and 30: by chance 0.5 · 0.6 + 0.5 · 0.4 = 0.5; κ = 0.2 / 0.5."""
+    assert kappa_of_confusion(np.array([[20, 5], [10, 15]])) == pytest.approx(0.4)
+    assert kappa_of_confusion(np.array([[9, 0], [0, 0]])) == 0 and kappa_of_confusion(np.zeros((2, 2))) == 0
+
+
+def test_kappa_is_scikit_learns():
+    draw = random.Random(0)
+    theirs = [draw.choice(LABELS) for _ in range(200)]
+    ours = [label if draw.random() < 0.4 else draw.choice(LABELS) for label in theirs]
+    counts = np.zeros((6, 6))
+    for a, b in zip(ours, theirs):
+        counts[LABELS.index(a), LABELS.index(b)] += 1
+    expected = cohen_kappa_score(theirs, ours)
+    assert kappa_of_confusion(counts) == pytest.approx(expected)
+    text = compare(theirs, ours, [str(i // 10) for i in range(200)])
+    assert f"200 turns of 20 dialogues: κ {expected:.3f}" in text
+    one = cohen_kappa_score([label == "none" for label in theirs], [label == "none" for label in ours])
+    assert next(line for line in text.split("\n") if line.startswith("| none")).endswith(f"{one:.3f} |")
+
+
+def test_a_review_comes_back_as_people_labelled_it(tmp_path):
+    dialogues = [talk("0", "=1+1", 'a "quoted"\nline', "ä"), talk("1", "x")]
+    answers = [(d, Answer(t, "Others", f"-{d.id}{t}", Judgement("none", 0.5))) for d in dialogues for t in range(len(d))]
+    write_review(tmp_path / "review.csv", [*answers, (dialogues[0], Answer(0, "Others", "unjudged"))], 10, seed=0)
+    data = (tmp_path / "review.csv").read_bytes()
+    assert data.startswith(b"\xef\xbb\xbf")
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
+    assert sorted((row["dialogue"], row["turn"]) for row in rows) == [("0", "0"), ("0", "1"), ("0", "2"), ("1", "0")]
+    assert all(row["reply"].startswith("'-") for row in rows)  # no formula
+    assert any('a "quoted"\nline' in row["context"] for row in rows)
+    with pytest.raises(DescError, match="no row has a label yet"):
+        read_review(tmp_path / "review.csv")
+    for row, label in zip(rows, ["none", " Template response ", "", "none"]):
+        row["label"] = label
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader(), writer.writerows(rows)
+    (tmp_path / "review.csv").write_text(text.getvalue(), encoding="utf-8")
+    people, annotator, names = read_review(tmp_path / "review.csv")
+    assert people == ["none", "template response", "none"] and annotator == ["none"] * 3 and len(names) == 3
+    (tmp_path / "review.csv").write_text(text.getvalue().replace("Template response", "rude"), encoding="utf-8")
+    with pytest.raises(DescError, match="row 3 is labelled 'rude'"):
+        read_review(tmp_path / "review.csv")
+
+
+def test_turns_are_found_by_what_was_said_last_and_by_place():
+    dialogues = [talk("0", "Hi", " ", "a", " "), talk("1", "Hi", "b", " ")]
+    found = find_turns(["hi", "a", "", "", "HI", " ", "b"], dialogues)
+    assert [(d.id, t) for d, t in found] == [("0", 0), ("0", 2), ("0", 1), ("0", 3), ("1", 0), ("1", 2), ("1", 1)]
+    with pytest.raises(DescError, match="row 2: no test turn"):
+        find_turns(["b", "b"], dialogues)
+
+
+def test_labels_of_both_kinds(tmp_path):
+    ours = {"dialogue": "3", "turn": 1, "context": [{"speaker": "seeker", "text": "Hi"}], "strategy": "Others", "response": "Hm."}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(ours | {"label": label}) + "\n" for label in ("none", "odd", "lack of empathy")))
+    labelled = read_labels(tmp_path / "a.jsonl", [], ESCONV)
+    assert [(one.dialogue, one.turn, one.label) for one in labelled] == [("3", 1, "none"), ("3", 1, "lack of empathy")]
+    assert labelled[0].case.history == (Turn("seeker", "Hi"),) and labelled[0].example().completion == "none"
+    (tmp_path / "map.json").write_text('{"odd": "template response"}')
+    assert [one.label for one in read_labels(tmp_path / "a.jsonl", [], ESCONV, str(tmp_path / "map.json"))][1] == "template response"
+    rows = [
+        {"user_input": "b", "strategy": "Question", "response": "[Question] Why?", "Error Type": "Premature Emotional Transition"},
+        {"user_input": "", "strategy": "Others", "response": "[Others] Hm.", "Error Type": "N/A"},
+        {"user_input": "a", "strategy": "Others", "response": "[Others] Hm.", "Error Type": "Other"},
+    ]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    labelled = read_labels(tmp_path / "b.json", [talk("9", "a", "b", " ")], ESCONV)
+    assert [(one.turn, one.case.reply, one.label) for one in labelled] == [(1, "Why?", "early emotion shift"), (2, "Hm.", "none")]
+    assert labelled[0].case.history == talk("9", "a", "b").turns[:3]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"label": "none"}) + "\n")
+    with pytest.raises(DescError, match="row 1 is no labelled turn"):
+        read_labels(tmp_path / "c.jsonl", [], ESCONV)
+
+
+def test_no_dialogue_is_on_both_sides_of_a_hold_out(tmp_path):
+    record = {"turn": 0, "context": [], "strategy": "Others", "response": "Hm.", "label": "none"}
+    names = [str(i) for i in range(10) for _ in range(2)] + ["9", "0"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record | {"dialogue": name}) + "\n" for name in names))
+    rest, held = hold_out(read_labels(tmp_path / "a.jsonl", [], ESCONV), 0.2)
+    assert [one.dialogue for one in held] == ["8", "8", "9", "9", "9"] and len(rest) == 17
+    assert not {one.dialogue for one in rest} & {one.dialogue for one in held}
