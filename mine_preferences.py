@@ -55,7 +55,7 @@ class MineConfig(cli.SampleConfig, cli.TaskConfig):
     held_out: float = cli.flag(0.2, "for --agreement: the share of labelled dialogues, the last, that are used, as in train_sft.py")
 
 
-UNTOLD = ("min_confidence", "concurrency", "timeout", "max_calls", "review", "label_map", "held_out")  # these change no answer
+UNTOLD = ("agreement", "min_confidence", "concurrency", "timeout", "max_calls", "review", "label_map", "held_out")  # these change no answer
 
 
 def begun(folder: Path, settings: dict) -> list[dict]:

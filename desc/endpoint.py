@@ -22,8 +22,8 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, concurrency: int = 8, timeout: float = 120, max_calls: int = 0, tries: int = 7):
         self.key = os.environ.get("DESC_API_KEY")
-        # Without a key `token=False`, or the client would send the one that is stored for the Hub.
-        self.client = InferenceClient(base_url=url, token=self.key or False, timeout=timeout)
+        # Without a key any other word, or the client would send the token that is stored for the Hub.
+        self.client = InferenceClient(base_url=url, token=self.key or "none", timeout=timeout)
         self.url, self.model, self.tries = url, model, tries
         self.max_calls, self.calls, self.lock = max_calls, 0, threading.Lock()
         self.refused: set[str] = set()  # settings that this server does not know

@@ -91,6 +91,13 @@ def test_an_endpoint_is_asked_with_settings_and_key(server):
     assert [body[name] for name in ("temperature", "top_p", "max_tokens")] == [0.5, 0.9, 7]
 
 
+def test_without_a_key_no_stored_one_is_sent(server, monkeypatch):
+    monkeypatch.delenv("DESC_API_KEY")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_hub")
+    Endpoint(server.url, "m").ask(ASKED, "sp")
+    assert server.calls[0][0] == "Bearer none"
+
+
 def test_failed_calls_are_tried_again_with_growing_waits(server):
     server.script = [429, 500, 503, "at last"]
     assert Endpoint(server.url, "m").ask(ASKED, "sp") == "at last"
