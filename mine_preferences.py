@@ -48,7 +48,7 @@ class MineConfig(cli.SampleConfig, cli.TaskConfig):
     endpoint_model: str = cli.flag("", "the model's name there; {task} in it stands for sp, rg, vanilla or annotate")
     concurrency: int = cli.flag(8, "calls to the endpoint at a time")
     timeout: float = cli.flag(120, "seconds to wait for an answer of the endpoint")
-    max_calls: int = cli.flag(0, "calls to the endpoint that this run may make, retries counted; 0 sets no limit")
+    max_calls: int = cli.flag(0, "calls to the endpoint that this run may make on all ranks, retries counted; 0 sets no limit")
     review: int = cli.flag(0, "judged answers to write to OUT/review.csv")
     agreement: str | None = cli.flag(None, "a file with labels to hold against an annotator, instead of mining")
     label_map: str | None = cli.flag(None, "for --agreement: JSON from the file's labels to ours")
@@ -104,7 +104,8 @@ def main():
 
     endpoint = None
     if "endpoint" in (config.annotator, config.sampler):
-        endpoint = Endpoint(config.endpoint, config.endpoint_model, config.concurrency, config.timeout, config.max_calls)
+        most = config.max_calls and max(1, config.max_calls // distributed.size())
+        endpoint = Endpoint(config.endpoint, config.endpoint_model, config.concurrency, config.timeout, most)
     local = config.annotator == "local" or (config.sampler == "local" and not config.agreement)
     model, tokenizer = load(config.model, config.torch_dtype, device) if local else (None, None)
     annotator = make_annotator(config, model, tokenizer, endpoint)
@@ -131,6 +132,8 @@ def main():
     done = begun(folder, settings)
     distributed.barrier()  # every rank has read the journals before any of them grows
     seen = {(record["split"], record["dialogue"]) for record in done}
+    if seen:
+        print(f"{len(seen)} of {len(work)} dialogues are answered already in {folder}")
     journal = folder / f"mining.{distributed.rank()}.jsonl"
     if not journal.exists() or not journal.stat().st_size:
         write_lines(journal, [settings])

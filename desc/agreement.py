@@ -23,7 +23,8 @@ from desc.prompts import Example
 from desc.report import markdown
 from desc.strategies import Strategies
 
-REVIEW = ("dialogue", "turn", "context", "strategy", "reply", "annotator", "confidence", "explanation", "label")
+KEY = ("number", "dialogue", "turn", "annotator", "confidence", "explanation")
+FORMULA = ("=", "+", "-", "@", "\t")
 SHOWN = 6  # utterances of context in a review
 
 
@@ -102,39 +103,48 @@ def hold_out(labelled: list[Labelled], share: float) -> tuple[list[Labelled], li
 
 
 def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int, seed: int) -> None:
-    """`count` random judged answers as a CSV for people to label, in their column "label" (UTF-8 with a mark, for spreadsheets)."""
-    judged = [one for one in answers if one[1].judged]
-    chosen = random.Random(seed).sample(judged, min(count, len(judged)))
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(REVIEW)
-    for dialogue, answer in chosen:
+    """`count` random judged answers as a CSV for people to label, in their column "label" (UTF-8 with a mark, for spreadsheets). What
+    the annotator says of them would sway people, so it goes into a second file, the key.
+
+    Raises DescError where no answer is judged."""
+    if not (judged := [one for one in answers if one[1].judged]):
+        raise DescError("--review: no answer was judged; give --annotator, and for sp another --routing than released")
+    rows, keys = [("number", "context", "strategy", "reply", "label")], [KEY]
+    for number, (dialogue, answer) in enumerate(random.Random(seed).sample(judged, min(count, len(judged))), 1):
         history = dialogue.turns[: 2 * answer.turn + 1][-SHOWN:]
         context = "\n".join(f"{turn.speaker}: {turn.text}" for turn in history)
-        judged = answer.judged
-        row = [dialogue.id, answer.turn, context, answer.strategy, answer.reply, judged.error, judged.confidence, judged.explanation, ""]
+        rows.append((number, context, answer.strategy, answer.reply, ""))
+        keys.append((number, dialogue.id, answer.turn, answer.judged.error, answer.judged.confidence, answer.judged.explanation))
+    for file, table in ((path, rows), (key_of(path), keys)):
+        text = io.StringIO()
         # A spreadsheet would compute a cell that begins like a formula.
-        writer.writerow(["'" + cell if isinstance(cell, str) and cell[:1] in "=+-@\t" and cell else cell for cell in row])
-    write_bytes(path, table.getvalue().encode("utf-8-sig"))
+        csv.writer(text).writerows([f"'{cell}" if str(cell).startswith(FORMULA) else cell for cell in row] for row in table)
+        write_bytes(file, text.getvalue().encode("utf-8-sig"))
+
+
+def key_of(path: Path) -> Path:
+    return path.with_suffix(".key.csv")
 
 
 def read_review(path: str | Path) -> tuple[list[str], list[str], list[str]]:
     """(people's labels, the annotator's, dialogues) of the rows of a review that have a label.
 
-    Raises DescError naming the row where a label is none of LABELS."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(Path(path).read_text(encoding="utf-8-sig"))))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DescError(f"{path}: cannot be read as UTF-8 ({error})") from None
-    people, annotator, dialogues = [], [], []
-    for number, row in enumerate(rows, 2):
-        if missing := {"label", "annotator", "dialogue"} - {name for name, cell in row.items() if cell is not None}:
-            raise DescError(f"{path}: line {number} lacks {', '.join(sorted(missing))}")
-        if not (label := row["label"].strip().casefold()):
+    Raises DescError naming the row where a label is none of LABELS, or which the key lacks."""
+    tables = []
+    for file in (Path(path), key_of(Path(path))):
+        try:
+            tables.append(list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig")))))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DescError(f"{file}: cannot be read as UTF-8 ({error})") from None
+    keys, people, annotator, dialogues = {key.get("number"): key for key in tables[1]}, [], [], []
+    for row in tables[0]:
+        number, label = row.get("number"), (row.get("label") or "").strip().casefold()
+        if not label:
             continue
-        if label not in LABELS:
-            raise DescError(f"{path}: row {number} is labelled {label!r}; labels are {', '.join(LABELS)}")
-        people.append(label), annotator.append(row["annotator"]), dialogues.append(row["dialogue"])
+        if label not in LABELS or number not in keys:
+            wrong = f"is labelled {label!r}; labels are {', '.join(LABELS)}" if number in keys else f"is not in {key_of(Path(path))}"
+            raise DescError(f"{path}: number {number} {wrong}")
+        people.append(label), annotator.append(keys[number]["annotator"]), dialogues.append(keys[number]["dialogue"])
     if not people:
         raise DescError(f"{path}: no row has a label yet")
     return people, annotator, dialogues

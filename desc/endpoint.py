@@ -57,5 +57,5 @@ class Endpoint:
     def count(self) -> None:
         with self.lock:
             if self.max_calls and self.calls >= self.max_calls:
-                raise DescError(f"--max-calls {self.max_calls} are spent; a larger number goes on from here")
+                raise DescError(f"--max-calls: {self.max_calls} are spent; the same command goes on from here")
             self.calls += 1

@@ -45,28 +45,37 @@ def test_kappa_is_scikit_learns():
 
 
 def test_a_review_comes_back_as_people_labelled_it(tmp_path):
-    dialogues = [talk("0", "=1+1", 'a "quoted"\nline', "ä"), talk("1", "x")]
-    answers = [(d, Answer(t, "Others", f"-{d.id}{t}", Judgement("none", 0.5))) for d in dialogues for t in range(len(d))]
-    write_review(tmp_path / "review.csv", [*answers, (dialogues[0], Answer(0, "Others", "unjudged"))], 10, seed=0)
-    data = (tmp_path / "review.csv").read_bytes()
-    assert data.startswith(b"\xef\xbb\xbf")
+    """They see what was said and not what the annotator thinks of it; a spreadsheet finds no formula."""
+    dialogues, review = [talk("0", "=1+1", 'a "quoted"\nline', "ä"), talk("1", "x")], tmp_path / "review.csv"
+    answers = [(d, Answer(t, "Others", f"-{d.id}{t}", Judgement("none", 0.5, "Fits."))) for d in dialogues for t in range(len(d))]
+    with pytest.raises(DescError, match="no answer was judged"):
+        write_review(review, [(dialogues[0], Answer(0, "Others", "unjudged"))], 10, seed=0)
+    write_review(review, [*answers, (dialogues[0], Answer(0, "Others", "unjudged"))], 10, seed=0)
+    data = review.read_bytes()
+    assert data.startswith(b"\xef\xbb\xbf") and b"none" not in data and b"Fits." not in data
     rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
-    assert sorted((row["dialogue"], row["turn"]) for row in rows) == [("0", "0"), ("0", "1"), ("0", "2"), ("1", "0")]
-    assert all(row["reply"].startswith("'-") for row in rows)  # no formula
+    assert sorted(row["reply"] for row in rows) == ["'-00", "'-01", "'-02", "'-10"]
     assert any('a "quoted"\nline' in row["context"] for row in rows)
     with pytest.raises(DescError, match="no row has a label yet"):
-        read_review(tmp_path / "review.csv")
-    for row, label in zip(rows, ["none", " Template response ", "", "none"]):
-        row["label"] = label
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
-    writer.writeheader(), writer.writerows(rows)
-    (tmp_path / "review.csv").write_text(text.getvalue(), encoding="utf-8")
-    people, annotator, names = read_review(tmp_path / "review.csv")
-    assert people == ["none", "template response", "none"] and annotator == ["none"] * 3 and len(names) == 3
-    (tmp_path / "review.csv").write_text(text.getvalue().replace("Template response", "rude"), encoding="utf-8")
-    with pytest.raises(DescError, match="row 3 is labelled 'rude'"):
-        read_review(tmp_path / "review.csv")
+        read_review(review)
+
+    def label(*labels):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0].keys())
+        writer.writeheader(), writer.writerows([row | {"label": label} for row, label in zip(rows, labels)])
+        review.write_text(text.getvalue(), encoding="utf-8")
+
+    label("none", " Template response ", "", "none")
+    people, annotator, names = read_review(review)
+    assert people == ["none", "template response", "none"] and annotator == ["none"] * 3
+    assert names == [row["reply"][2] for row in rows if row["number"] != "3"]
+    label("none", "rude", "", "")
+    with pytest.raises(DescError, match="number 2 is labelled 'rude'"):
+        read_review(review)
+    rows[0]["number"] = "77"
+    label("none", "", "", "")
+    with pytest.raises(DescError, match="number 77 is not in .*review.key.csv"):
+        read_review(review)
 
 
 def test_turns_are_found_by_what_was_said_last_and_by_place():

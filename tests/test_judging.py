@@ -125,7 +125,7 @@ def test_max_calls_counts_retries(server):
     server.script = [500, "a", "b"]
     asked = Endpoint(server.url, "m", max_calls=3)
     assert [asked.ask(ASKED, "sp"), asked.ask(ASKED, "sp")] == ["a", "b"]
-    with pytest.raises(DescError, match="--max-calls 3 are spent"):
+    with pytest.raises(DescError, match="--max-calls: 3 are spent"):
         asked.ask(ASKED, "sp")
     assert len(server.calls) == 3
 

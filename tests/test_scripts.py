@@ -124,7 +124,7 @@ def test_an_endpoint_answers_and_judges_and_its_word_routes(tmp_path, server):
     said = run("mine_preferences.py", "--task", "sp", *common, fails=True)
     assert "refuses: 401" in said and "hush" not in said
     server.script, server.calls[:] = [answer], [call for call in server.calls[:30]]
-    assert "--max-calls 5 are spent" in run("mine_preferences.py", "--task", "sp", *common, "--max-calls", 5, fails=True)
+    assert "--max-calls: 5 are spent" in run("mine_preferences.py", "--task", "sp", *common, "--max-calls", 5, fails=True)
     del server.calls[30:]
     run("mine_preferences.py", "--task", "sp", *common)
     settings, *records = lines(tmp_path / "mined" / "answers.jsonl")
@@ -143,7 +143,7 @@ def test_an_endpoint_answers_and_judges_and_its_word_routes(tmp_path, server):
     assert len(pairs["rg"]) + sum(found["dropped"].values()) == found["answers"] == sum(found["judged"].values())
     assert f"{found['answers']} answers, {len(pairs['rg'])} pairs" in said
     review = (tmp_path / "review.csv").read_text(encoding="utf-8-sig")
-    (tmp_path / "review.csv").write_text(review.replace(",So.,\n", ",So.,none\n"), encoding="utf-8")
+    (tmp_path / "review.csv").write_text(review.replace(",Hm.,\n", ",Hm.,none\n"), encoding="utf-8")
     assert "3 turns of" in run("mine_preferences.py", "--task", "rg", "--agreement", tmp_path / "review.csv", "--model", "toy")
 
 
