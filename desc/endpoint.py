@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 from desc import DescError
 from desc.prompts import Messages
@@ -48,6 +48,8 @@ class Endpoint:
                     continue
                 if status not in (408, 409, 429) and status < 500:
                     raise DescError(f"{self.url} refuses: {problem}") from None
+            except OfflineModeIsEnabled:
+                raise DescError("HF_HUB_OFFLINE is set, which forbids calls to an endpoint too: unset it") from None
             except (HTTPError, OSError) as error:
                 problem = type(error).__name__
             if attempt + 1 < self.tries:
