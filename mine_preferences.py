@@ -95,6 +95,10 @@ def main():
     together = config.routing != "released" and config.task != "vanilla"
     if config.routing != "released" and config.annotator == "none":
         raise DescError(f"--routing {config.routing} goes by what an annotator says: give --annotator local or endpoint")
+    if config.routing == "all-to-rg" and config.task != "rg":
+        raise DescError("--routing all-to-rg makes pairs for --task rg alone")
+    if config.review and (config.annotator == "none" or (config.routing, config.task) == ("released", "sp")):
+        raise DescError("--review needs judged answers: give --annotator, and for sp another --routing than released")
     if "endpoint" in (config.annotator, config.sampler) and not (config.endpoint and config.endpoint_model):
         raise DescError("an endpoint needs --endpoint URL and --endpoint-model NAME")
     strategies = read_strategies(config.strategies)

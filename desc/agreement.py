@@ -104,11 +104,8 @@ def hold_out(labelled: list[Labelled], share: float) -> tuple[list[Labelled], li
 
 def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int, seed: int) -> None:
     """`count` random judged answers as a CSV for people to label, in their column "label" (UTF-8 with a mark, for spreadsheets). What
-    the annotator says of them would sway people, so it goes into a second file, the key.
-
-    Raises DescError where no answer is judged."""
-    if not (judged := [one for one in answers if one[1].judged]):
-        raise DescError("--review: no answer was judged; give --annotator, and for sp another --routing than released")
+    the annotator says of them would sway people, so it goes into a second file, the key."""
+    judged = [one for one in answers if one[1].judged]
     rows, keys = [("number", "context", "strategy", "reply", "label")], [KEY]
     for number, (dialogue, answer) in enumerate(random.Random(seed).sample(judged, min(count, len(judged))), 1):
         history = dialogue.turns[: 2 * answer.turn + 1][-SHOWN:]

@@ -162,6 +162,8 @@ def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
         ("train_sft.py", ("--task", "sp", "--model", "toy", "--out", "/proc/nowhere"), "/proc/nowhere"),
         ("train_dpo.py", ("--task", "sp", "--pairs", "nowhere"), "nowhere/pairs.jsonl: cannot be read"),
         ("train_dpo.py", ("--task", "sp", "--model", "toy", "--sft", "nowhere"), "finds no adapter in nowhere"),
+        ("mine_preferences.py", ("--task", "sp", "--routing", "all-to-rg", "--annotator", "local"), "for --task rg alone"),
+        ("mine_preferences.py", ("--task", "sp", "--review", "3"), "--review needs judged answers"),
         ("evaluate.py", ("--model", "toy", "--out", "nowhere"), "no stage to evaluate in nowhere"),
     ],
 )
