@@ -46,7 +46,7 @@ def score(model, items: list[Item], max_tokens: int) -> torch.Tensor:
     """log p(completion | prompt), normalised over each item's K completions: (len(items), K) fp32. Items are told apart by id."""
     scored, ranks = [], distributed.size() if distributed.sharded(model) else 1
     for members, forest in distributed.portion(model, pack(items, "dialogue", max_tokens, ranks)):
-        logps = sequence_logps(model, forest).view(len(members), -1).log_softmax(-1).cpu()
+        logps = sequence_logps(model, forest).view(len(members), len(items[0].sequences)).log_softmax(-1).cpu()
         scored += zip((item.id for item in members), logps)
     rows = dict(chain(*distributed.collect(scored))) if distributed.sharded(model) else dict(scored)
     return torch.stack([rows[item.id] for item in items])
