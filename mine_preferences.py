@@ -27,7 +27,7 @@ from desc.endpoint import Endpoint
 from desc.esconv import load_splits
 from desc.files import append_line, mend, read_lines, write_json, write_lines
 from desc.judging import endpoint_annotator, local_annotator
-from desc.lora import adapter_only, digest, load_adapter
+from desc.lora import digest, load_adapter
 from desc.mining import ROUTINGS, Answer, account, answer_dialogue, judge, route
 from desc.modeling import load
 from desc.report import mining_table
@@ -80,13 +80,7 @@ def make_annotator(config: MineConfig, model, tokenizer, endpoint: Endpoint | No
     folder = Path(config.out) / "annotate" / "sft"
     if cli.find_adapter(folder, "the base model judges; train_sft.py --task annotate makes a better annotator"):
         load_adapter(model, folder, "annotate")
-    annotate = local_annotator(model, tokenizer, config.max_length, config.max_tokens)
-
-    def annotate_alone(cases):
-        with adapter_only(model, "annotate"):
-            return annotate(cases)
-
-    return annotate_alone
+    return local_annotator(model, tokenizer, config.max_length, config.max_tokens)
 
 
 def main():
@@ -128,7 +122,8 @@ def main():
     settings = {key: value for key, value in json.loads(json.dumps(asdict(config))).items() if key not in UNTOLD}
     if together:
         settings |= {"task": "sp and rg", "routing": "paper"}  # all-to-rg routes the same answers otherwise
-    settings["adapters"] = [digest(Path(config.out) / module / "sft") for module in (*modules, "annotate")]
+    used = (*modules * (config.sampler == "local"), *["annotate"] * (config.annotator == "local"))
+    settings["adapters"] = [digest(Path(config.out) / module / "sft") for module in used]
     settings["input"] = hashlib.sha256(f"{work}{strategies}".encode()).hexdigest()
     for journal in folder.glob("mining.*.jsonl") if not distributed.rank() else ():
         mend(journal)

@@ -46,7 +46,10 @@ def find_examples(config: SFTConfig, splits: dict[str, list[Dialogue]], strategi
     if not config.labels:
         raise DescError("--task annotate learns from labelled turns: give --labels FILE")
     rest, _ = hold_out(read_labels(config.labels, splits["test"], strategies, config.label_map), config.held_out)
-    return tuple([one.example() for one in part] for part in hold_out(rest, 0.1))
+    train, valid = ([one.example() for one in part] for part in hold_out(rest, 0.1))
+    if not train or not valid:
+        raise DescError(f"{config.labels}: too few dialogues to train and to validate on; label more, or lower --held-out")
+    return train, valid
 
 
 @torch.no_grad()

@@ -49,11 +49,16 @@ def read_labels(path: str | Path, dialogues: list[Dialogue], strategies: Strateg
     known = json.loads((files("desc") / "data" / "labels.json").read_text(encoding="utf-8"))
     try:
         known = json.loads(Path(label_map).read_text(encoding="utf-8")) if label_map else known
-        text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DescError(f"{label_map or path}: cannot be read ({error})") from None
+        raise DescError(f"{label_map}: cannot be read ({error})") from None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        records = json.loads(text) if text.lstrip().startswith("[") else read_lines(Path(path))
+    except (OSError, ValueError) as error:
+        raise DescError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(known, dict) or not all(isinstance(record, dict) for record in records):
+        raise DescError(f"{path if isinstance(known, dict) else label_map}: should hold JSON objects")
     known |= {label: label for label in LABELS}
-    records = json.loads(text) if text.lstrip().startswith("[") else read_lines(Path(path))
     published = bool(records) and "user_input" in records[0]
     turns = find_turns([record.get("user_input") or "" for record in records], dialogues) if published else [None] * len(records)
     labelled = []
@@ -155,6 +160,8 @@ def measure(config, dialogues: list[Dialogue], strategies: Strategies, annotator
     if annotator is None:
         raise DescError("--agreement with labelled turns needs an annotator: give --annotator local or endpoint")
     held = hold_out(read_labels(config.agreement, dialogues, strategies, config.label_map), config.held_out)[1]
+    if not held:
+        raise DescError(f"--held-out {config.held_out} holds no dialogue of {config.agreement} out; give a larger share")
     found = []
     for name, group in groupby(tqdm(held, desc="annotate", dynamic_ncols=True), key=lambda one: one.dialogue):
         group = list(group)

@@ -13,6 +13,7 @@ from importlib.resources import files
 from desc.encoding import encode
 from desc.endpoint import Endpoint
 from desc.esconv import Turn
+from desc.lora import adapter_only
 from desc.prompts import Messages
 from desc.sampling import score
 
@@ -76,11 +77,14 @@ def judging_messages(case: Case, answer: str = BY_LABEL) -> Messages:
 
 
 def local_annotator(model, tokenizer, max_length: int, max_tokens: int) -> Annotator:
-    """Scores the labels by their log-probability, all cases of a dialogue in one tree: always a valid label, with its probability."""
+    """Scores the labels by their log-probability, all cases of a dialogue in one tree: always a valid label, with its probability.
+
+    Of the model's adapters only "annotate" takes part, if there is one."""
 
     def annotate(cases: list[Case]) -> list[Judgement]:
         items = [encode(tokenizer, f"case {i}", "", judging_messages(case), LABELS, max_length) for i, case in enumerate(cases)]
-        best = score(model, items, max_tokens).exp().max(-1)
+        with adapter_only(model, "annotate"):
+            best = score(model, items, max_tokens).exp().max(-1)
         return [Judgement(LABELS[label], share) for share, label in zip(best.values.tolist(), best.indices.tolist())]
 
     return annotate

@@ -113,7 +113,8 @@ def judge(annotator: Annotator, routing: str, dialogue: Dialogue, answers: list[
     theirs = {a: case(a.turn, a.strategy, a.reply) for a in answers if a.reply and a.strategy}
     gold = {a.turn: dialogue.supporter(a.turn) for a in theirs}
     ours = {turn: case(turn, human.strategy, human.text) for turn, human in gold.items()} if routing == "released" else {}
-    judged = annotator([*theirs.values(), *ours.values()])
+    cases = [*theirs.values(), *ours.values()]
+    judged = annotator(cases) if cases else []
     of_answer, of_human = dict(zip(theirs, judged)), dict(zip(ours, judged[len(theirs) :]))
     return [replace(a, judged=of_answer.get(a), human=of_human.get(a.turn)) for a in answers]
 
@@ -125,7 +126,7 @@ def find_error(task: str, routing: str, gold: Turn, answer: Answer, least: float
                without an annotator any reply that differs from the human's is taken to be worse, "unjudged".
     paper      what the annotator says decides: a strategy mismatch is the planner's fault, the errors of replies are the generator's.
     all-to-rg  the ablation: a mismatch is the generator's fault too."""
-    if answer.strategy is None or (task == "sp" or answer.reply) == "":
+    if answer.strategy is None or (task != "sp" and not answer.reply):
         return None, "empty or unreadable answer"
     if build_completion(task, answer.strategy, answer.reply).split() == build_completion(task, gold.strategy, gold.text).split():
         return None, "the human answer"

@@ -101,9 +101,13 @@ def test_labels_of_both_kinds(tmp_path):
     labelled = read_labels(tmp_path / "b.json", [talk("9", "a", "b", " ")], ESCONV)
     assert [(one.turn, one.case.reply, one.label) for one in labelled] == [(1, "Why?", "early emotion shift"), (2, "Hm.", "none")]
     assert labelled[0].case.history == talk("9", "a", "b").turns[:3]
-    (tmp_path / "c.jsonl").write_text(json.dumps({"label": "none"}) + "\n")
-    with pytest.raises(DescError, match="row 1 is no labelled turn"):
-        read_labels(tmp_path / "c.jsonl", [], ESCONV)
+    for text, says in (('{"label": "none"}', "row 1 is no labelled turn"), ("[1]", "should hold JSON objects"), ("[{", "cannot be read")):
+        (tmp_path / "c.jsonl").write_text(text + "\n")
+        with pytest.raises(DescError, match=says):
+            read_labels(tmp_path / "c.jsonl", [], ESCONV)
+    (tmp_path / "map.json").write_text("[]")
+    with pytest.raises(DescError, match="map.json: should hold JSON objects"):
+        read_labels(tmp_path / "a.jsonl", [], ESCONV, str(tmp_path / "map.json"))
 
 
 def test_no_dialogue_is_on_both_sides_of_a_hold_out(tmp_path):

@@ -139,5 +139,6 @@ def test_judgements_of_an_endpoint_keep_their_order_and_do_without_a_schema(serv
     cases = [Case(CASE.history, "Question", f"Number {i % 6}") for i in range(20)]
     judged = endpoint_annotator(Endpoint(server.url, "m", concurrency=4))(cases)
     assert judged == [Judgement(LABELS[i % 6], 0.5, str(i % 6)) for i in range(20)]
-    assert server.calls[0][1]["messages"] == judging_messages(cases[0], BY_JSON) or len(server.calls) > 20
+    asked = {json.dumps(body["messages"]) for _, body in server.calls}
+    assert asked == {json.dumps(judging_messages(case, BY_JSON)) for case in cases}
     assert "response_format" in server.calls[0][1] and "response_format" not in server.calls[-1][1]

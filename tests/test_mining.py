@@ -109,6 +109,7 @@ def test_the_annotator_sees_each_answer_once_and_the_human_one_where_released():
     assert seen == [Case(DIALOGUE.turns[:1], "Others", "Hm."), Case(DIALOGUE.turns[:3], "Question", "So?")]
     assert [a.judged and a.judged.error for a in done] == ["lack of empathy", "lack of empathy", None, "lack of empathy"]
     assert all(a.human is None for a in done)
+    assert judge(None, "paper", DIALOGUE, [Answer(1, None, "")]) == [Answer(1, None, "")]  # nothing to judge, nobody asked
     done = judge(annotator, "released", DIALOGUE, answers)
     assert len(seen) == 2 + 4 and done[3].human.error == "none" and done[3].judged.error == "lack of empathy"
 

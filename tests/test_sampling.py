@@ -1,5 +1,6 @@
 """pytest tests/test_sampling.py"""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +47,7 @@ def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
 @pytest.mark.parametrize("kind", ["toy", *(kind for kind in KINDS if "window" in kind)])
 def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
     """One prompt goes on another, one occurs twice, two part late, one shares nothing, and continuations end at different lengths."""
-    model = toy[0] if kind == "toy" else build(configure(kind))
+    model = deepcopy(toy[0]) if kind == "toy" else build(configure(kind))
     prompts = [[5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 12, 13], [20, 21]]
 
     def greedy(stop, most=10):

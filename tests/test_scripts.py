@@ -102,7 +102,9 @@ def test_an_annotator_is_trained_and_measured(tmp_path, sample):
     assert "give --labels" in run("train_sft.py", "--task", "annotate", *common, fails=True)
     said = run("train_sft.py", "--task", "annotate", *common, "--labels", tmp_path / "labels.jsonl", "--epochs", 1)
     assert "7 examples in 1 steps" in said  # two dialogues of ten are held out, one of the other eight validates
+    assert "lower --held-out" in run("train_sft.py", "--task", "annotate", *common, "--labels", tmp_path / "labels.jsonl", "--held-out", 1, fails=True)
     flags = ("--task", "rg", *common, "--agreement", tmp_path / "labels.jsonl")
+    assert "give a larger share" in run("mine_preferences.py", *flags, "--annotator", "local", "--held-out", 0, fails=True)
     assert "give --annotator" in run("mine_preferences.py", *flags, fails=True)
     said = run("mine_preferences.py", *flags, "--annotator", "local")
     assert "uses the adapter" in said and "2 turns of 2 dialogues" in said and "| none | 2 |" in said
