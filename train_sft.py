@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from desc import DescError, cli, distributed
-from desc.agreement import hold_out, read_labels
+from desc.agreement import balance, hold_out, read_labels
 from desc.encoding import Item, encode_example, mark_loss
 from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter
@@ -46,7 +46,7 @@ def find_examples(config: SFTConfig, splits: dict[str, list[Dialogue]], strategi
     if not config.labels:
         raise DescError("--task annotate learns from labelled turns: give --labels FILE")
     rest, _ = hold_out(read_labels(config.labels, splits["test"], strategies, config.label_map), config.held_out)
-    train, valid = ([one.example() for one in part] for part in hold_out(rest, 0.1))
+    train, valid = ([one.example() for one in part] for part in hold_out(balance(rest), 0.1))
     if not train or not valid:
         raise DescError(f"{config.labels}: too few dialogues to train and to validate on; label more, or lower --held-out")
     return train, valid

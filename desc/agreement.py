@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -105,6 +107,14 @@ def hold_out(labelled: list[Labelled], share: float) -> tuple[list[Labelled], li
     last = set(order[len(order) - round(share * len(order)) :])
     rest, held = ([one for one in labelled if (one.dialogue in last) is side] for side in (False, True))
     return rest, sorted(held, key=lambda one: order.index(one.dialogue))
+
+
+def balance(labelled: list[Labelled]) -> list[Labelled]:
+    """Each turn √(count of the commonest label / count of its own) times, rounded: else a rare label is never worth naming. A tree
+    reads a repeated turn once."""
+    counts = Counter(one.label for one in labelled)
+    most = max(counts.values(), default=0)
+    return [one for one in labelled for _ in range(round(math.sqrt(most / counts[one.label])))]
 
 
 def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int, seed: int) -> None:
