@@ -26,7 +26,7 @@ from desc.checkpoint import refuse_differing
 from desc.endpoint import Endpoint
 from desc.esconv import load_splits
 from desc.files import append_line, mend, read_lines, write_json, write_lines
-from desc.judging import endpoint_annotator, local_annotator
+from desc.judging import make_annotator
 from desc.lora import digest, load_adapter
 from desc.mining import ROUTINGS, Answer, account, answer_dialogue, judge, route
 from desc.modeling import load
@@ -37,18 +37,12 @@ from desc.training import take
 
 
 @dataclass
-class MineConfig(cli.SampleConfig, cli.TaskConfig):
+class MineConfig(cli.SampleConfig, cli.AskConfig, cli.TaskConfig):
     train_dialogues: int = cli.flag(0, "training dialogues to mine, the first of the split; 0 takes all")
     routing: Literal[ROUTINGS] = cli.flag("released", "what makes a pair, and for which module")
-    annotator: Literal["none", "local", "endpoint"] = cli.flag("none", "who judges: nobody, --model with OUT/annotate/sft, --endpoint")
     sampler: Literal["local", "endpoint"] = cli.flag("local", "who answers: --model with the adapters in OUT, or --endpoint")
     samples: int = cli.flag(1, "answers a turn; equal ones make one pair")
     min_confidence: float = cli.flag(0.0, "judgements that are less sure make no pair")
-    endpoint: str | None = cli.flag(None, "URL of a server that speaks OpenAI's protocol; a key is read from $DESC_API_KEY alone")
-    endpoint_model: str = cli.flag("", "the model's name there; {task} in it stands for sp, rg, vanilla or annotate")
-    concurrency: int = cli.flag(8, "calls to the endpoint at a time")
-    timeout: float = cli.flag(120, "seconds to wait for an answer of the endpoint")
-    max_calls: int = cli.flag(0, "calls to the endpoint that this run may make on all ranks, retries counted; 0 sets no limit")
     review: int = cli.flag(0, "judged answers to write to OUT/review.csv")
     agreement: str | None = cli.flag(None, "a file with labels to hold against an annotator, instead of mining")
     label_map: str | None = cli.flag(None, "for --agreement: JSON from the file's labels to ours")
@@ -72,17 +66,6 @@ def begun(folder: Path, settings: dict) -> list[dict]:
     return done
 
 
-def make_annotator(config: MineConfig, model, tokenizer, endpoint: Endpoint | None):
-    if config.annotator == "endpoint":
-        return endpoint_annotator(endpoint)
-    if config.annotator == "none":
-        return None
-    folder = Path(config.out) / "annotate" / "sft"
-    if cli.find_adapter(folder, "the base model judges; train_sft.py --task annotate makes a better annotator"):
-        load_adapter(model, folder, "annotate")
-    return local_annotator(model, tokenizer, config.max_length, config.max_tokens)
-
-
 def main():
     config = cli.parse(MineConfig)
     device = distributed.setup()
@@ -93,17 +76,12 @@ def main():
         raise DescError("--routing all-to-rg makes pairs for --task rg alone")
     if config.review and (config.annotator == "none" or (config.routing, config.task) == ("released", "sp")):
         raise DescError("--review needs judged answers: give --annotator, and for sp another --routing than released")
-    if "endpoint" in (config.annotator, config.sampler) and not (config.endpoint and config.endpoint_model):
-        raise DescError("an endpoint needs --endpoint URL and --endpoint-model NAME")
+    endpoint = Endpoint.of(config) if "endpoint" in (config.annotator, config.sampler) else None
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     work = [("train", d) for d in take(splits["train"], config.train_dialogues)]
     work += [("valid", d) for d in take(splits["valid"], config.eval_dialogues)]
 
-    endpoint = None
-    if "endpoint" in (config.annotator, config.sampler):
-        most = config.max_calls and max(1, config.max_calls // distributed.size())
-        endpoint = Endpoint(config.endpoint, config.endpoint_model, config.concurrency, config.timeout, most)
     local = config.annotator == "local" or (config.sampler == "local" and not config.agreement)
     model, tokenizer = load(config.model, config.torch_dtype, device) if local else (None, None)
     annotator = make_annotator(config, model, tokenizer, endpoint)

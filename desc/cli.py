@@ -57,6 +57,18 @@ class SampleConfig(Config):
 
 
 @dataclass
+class AskConfig(Config):
+    """Flags of the scripts that may ask a server, or a local annotator."""
+
+    annotator: Literal["none", "local", "endpoint"] = flag("none", "who says what is wrong with an answer: nobody, --model with OUT/annotate/sft, --endpoint")
+    endpoint: str | None = flag(None, "URL of a server that speaks OpenAI's protocol; a key is read from $DESC_API_KEY alone")
+    endpoint_model: str = flag("", "the model's name there; {task} in it stands for sp, rg, vanilla, annotate or judge")
+    concurrency: int = flag(8, "calls to the endpoint at a time")
+    timeout: float = flag(120, "seconds to wait for an answer of the endpoint")
+    max_calls: int = flag(0, "calls to the endpoint that this run may make on all ranks, retries counted; 0 sets no limit")
+
+
+@dataclass
 class TaskConfig(Config):
     """Flags of the scripts that work on one module."""
 

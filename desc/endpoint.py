@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from desc import DescError
+from desc import DescError, distributed
 from desc.prompts import Messages
+
+OPTIONAL = ("response_format", "seed")  # not every server knows these
 
 
 class Endpoint:
@@ -19,6 +21,14 @@ class Endpoint:
     "{task}" in the model's name stands for the module that is asked (sp, rg, vanilla, annotate): one server may hold an adapter for each.
     A key is read from $DESC_API_KEY. A call that meets 429, 5xx, a timeout or no connection is tried again, `tries` times in all,
     after 1, 2, 4, … seconds. Raises DescError where the server refuses, stays away, or `max_calls` (0: no limit) are spent."""
+
+    @staticmethod
+    def of(config) -> "Endpoint":
+        """As the flags say (a desc.cli.AskConfig), for this rank."""
+        if not (config.endpoint and config.endpoint_model):
+            raise DescError("an endpoint needs --endpoint URL and --endpoint-model NAME")
+        most = config.max_calls and max(1, config.max_calls // distributed.size())
+        return Endpoint(config.endpoint, config.endpoint_model, config.concurrency, config.timeout, most)
 
     def __init__(self, url: str, model: str, concurrency: int = 8, timeout: float = 120, max_calls: int = 0, tries: int = 7):
         self.key = os.environ.get("DESC_API_KEY")
@@ -29,9 +39,9 @@ class Endpoint:
         self.refused: set[str] = set()  # settings that this server does not know
         self.pool = ThreadPoolExecutor(concurrency)
 
-    def ask_all(self, conversations: list[Messages], task: str, **settings) -> list[str]:
-        """What the model writes after each, in their order; `settings` are the protocol's."""
-        return list(self.pool.map(lambda messages: self.ask(messages, task, **settings), conversations))
+    def ask_all(self, conversations: list[Messages], task: str, seed: int, **settings) -> list[str]:
+        """What the model writes after each, in their order, each with a seed of its own; `settings` are the protocol's."""
+        return list(self.pool.map(lambda i: self.ask(conversations[i], task, seed=seed + i, **settings), range(len(conversations))))
 
     def ask(self, messages: Messages, task: str, **settings) -> str:
         for attempt in range(self.tries):
@@ -43,8 +53,8 @@ class Endpoint:
             except HfHubHTTPError as error:
                 status, said = error.response.status_code, " ".join(error.response.text.split())[:200]
                 problem = f"{status} {said.replace(self.key, '…') if self.key else said}"  # some servers say the key in their complaint
-                if status in (400, 422) and "response_format" in known:
-                    self.refused.add("response_format")
+                if status in (400, 422) and (optional := next((name for name in OPTIONAL if name in known), None)):
+                    self.refused.add(optional)
                     continue
                 if status not in (408, 409, 429) and status < 500:
                     raise DescError(f"{self.url} refuses: {problem}") from None

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
+from desc import cli
 from desc.encoding import encode
 from desc.endpoint import Endpoint
 from desc.esconv import Turn
-from desc.lora import adapter_only
+from desc.lora import adapter_only, load_adapter
 from desc.prompts import Messages
 from desc.sampling import score
 
@@ -76,6 +78,18 @@ def judging_messages(case: Case, answer: str = BY_LABEL) -> Messages:
     return [{"role": "system", "content": guide() + answer}, {"role": "user", "content": flat}]
 
 
+def make_annotator(config, model, tokenizer, endpoint: Endpoint | None) -> Annotator | None:
+    """As --annotator says (config: a desc.cli.AskConfig); the local one with the adapter OUT/annotate/sft, if there is one."""
+    if config.annotator == "endpoint":
+        return endpoint_annotator(endpoint)
+    if config.annotator == "none":
+        return None
+    folder = Path(config.out) / "annotate" / "sft"
+    if cli.find_adapter(folder, "the base model judges; train_sft.py --task annotate makes a better annotator"):
+        load_adapter(model, folder, "annotate")
+    return local_annotator(model, tokenizer, config.max_length, config.max_tokens)
+
+
 def local_annotator(model, tokenizer, max_length: int, max_tokens: int) -> Annotator:
     """Scores the labels by their log-probability, all cases of a dialogue in one tree: always a valid label, with its probability.
 
@@ -96,7 +110,7 @@ def endpoint_annotator(endpoint: Endpoint) -> Annotator:
 
     def annotate(cases: list[Case]) -> list[Judgement]:
         asked = [judging_messages(case, BY_JSON) for case in cases]
-        texts = endpoint.ask_all(asked, "annotate", temperature=0.0, max_tokens=200, response_format=schema)
+        texts = endpoint.ask_all(asked, "annotate", 0, temperature=0.0, max_tokens=200, response_format=schema)
         return [read_judgement(text) for text in texts]
 
     return annotate

@@ -75,7 +75,7 @@ class Answer:
 
     turn: int
     strategy: str | None  # drawn by the planner, or the human's where only replies are mined; None where none could be read
-    reply: str  # "" where only strategies are mined
+    reply: str  # "" where only strategies are mined; whatever was written where no strategy could be read
     judged: Judgement | None = None
     human: Judgement | None = None  # the same annotator on the human answer, where the routing asks for it
 
@@ -94,14 +94,13 @@ def answer_dialogue(sampler, task: str, routing: str, dialogue: Dialogue, sample
     if task == "vanilla":
         return [Answer(turn, *said) for turn, said in zip(turns, sampler.whole(dialogue, turns))]
     if task == "rg" and routing == "released":
-        planned = [dialogue.supporter(turn).strategy for turn in turns]
+        written = [dialogue.supporter(turn).strategy for turn in turns]
     else:
-        planned = sampler.plan(dialogue, turns)
-    if task == "sp" and routing == "released":
-        return [Answer(turn, strategy, "") for turn, strategy in zip(turns, planned)]
+        written = sampler.plan(dialogue, turns)
+    planned = [sampler.strategies.parse(text) for text in written]
     known = [(turn, strategy) for turn, strategy in zip(turns, planned) if strategy]
-    replies = iter(sampler.write(dialogue, known))
-    return [Answer(turn, strategy, next(replies) if strategy else "") for turn, strategy in zip(turns, planned)]
+    replies = iter([""] * len(known) if task == "sp" and routing == "released" else sampler.write(dialogue, known))
+    return [Answer(turn, name, next(replies) if name else text) for turn, name, text in zip(turns, planned, written)]
 
 
 def judge(annotator: Annotator, routing: str, dialogue: Dialogue, answers: list[Answer]) -> list[Answer]:

@@ -152,7 +152,7 @@ class LocalSampler:
 
 @dataclass(frozen=True)
 class EndpointSampler:
-    """Answers with models behind an endpoint, which decode freely: a strategy that cannot be read is None."""
+    """Answers with models behind an endpoint, which decode freely: what they write may name no strategy."""
 
     endpoint: Endpoint
     config: object  # a desc.cli.SampleConfig
@@ -162,10 +162,11 @@ class EndpointSampler:
         asked = [build_messages(task, dialogue, turn, strategy, self.strategies) for turn, strategy in planned]
         config = self.config
         settings = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
-        return [text.strip() for text in self.endpoint.ask_all(asked, task, **settings)]
+        seed = seeded(config.seed, task, dialogue.id).initial_seed()
+        return [text.strip() for text in self.endpoint.ask_all(asked, task, seed, **settings)]
 
-    def plan(self, dialogue: Dialogue, turns: list[int]) -> list[str | None]:
-        return [self.strategies.parse(text) for text in self.ask("sp", dialogue, [(turn, None) for turn in turns])]
+    def plan(self, dialogue: Dialogue, turns: list[int]) -> list[str]:
+        return self.ask("sp", dialogue, [(turn, None) for turn in turns])
 
     def write(self, dialogue: Dialogue, planned: list[tuple[int, str]]) -> list[str]:
         return self.ask("rg", dialogue, planned)

@@ -10,7 +10,7 @@ from desc import DescError
 from desc.esconv import Dialogue, Turn
 from desc.files import write_lines
 from desc.judging import UNREADABLE, Case, Judgement
-from desc.mining import Answer, Pair, account, find_error, judge, read_pairs, route
+from desc.mining import Answer, Pair, account, answer_dialogue, find_error, judge, read_pairs, route
 from desc.strategies import ESCONV
 
 GOLD = Turn("supporter", "How are you?", "Question")
@@ -38,6 +38,26 @@ def judged(error, confidence=0.8):
 )
 def test_which_answers_make_a_pair_without_an_annotator(task, strategy, reply, error):
     assert error in find_error(task, "released", GOLD, Answer(0, strategy, reply))
+
+
+class Unsure:
+    """A sampler whose planner writes something else at every other turn."""
+
+    strategies = ESCONV
+
+    def plan(self, dialogue, turns):
+        return ["Question." if turn % 2 else "Let me think" for turn in turns]
+
+    def write(self, dialogue, planned):
+        return [f"{turn} {strategy}" for turn, strategy in planned]
+
+
+@pytest.mark.parametrize("routing, reply", [("paper", "1 Question"), ("released", "")])
+def test_what_names_no_strategy_is_kept_and_makes_no_pair(routing, reply):
+    turns = (Turn("seeker", "Hi"), GOLD) * 2
+    answers = answer_dialogue(Unsure(), "sp", routing, Dialogue("7", turns), samples=2)
+    assert answers == [Answer(0, None, "Let me think")] * 2 + [Answer(1, "Question", reply)] * 2
+    assert find_error("sp", routing, GOLD, answers[0]) == (None, "empty or unreadable answer")
 
 
 NOT_MINE = "not this module's fault"

@@ -136,6 +136,9 @@ def test_an_endpoint_answers_and_judges_and_its_word_routes(tmp_path, server):
     assert all(answer["reply"] == "Hm." and answer["judged"]["explanation"] == "So." for r in records for answer in r["answers"])
     calls = len(server.calls)
     assert 3 * turns <= calls < 3 * turns + 30  # what the refusal cut off was asked again, what was done was not
+    run("mine_preferences.py", "--task", "sp", *common, "--out", tmp_path / "two", ranks=2)
+    assert lines(tmp_path / "two" / "mined" / "answers.jsonl")[1:] == records  # two ranks find what one finds
+    del server.calls[calls:]
     said = run("mine_preferences.py", "--task", "rg", *common, "--review", 3)
     assert len(server.calls) == calls  # the other task reads the same answers
     pairs = {task: lines(tmp_path / task / "pairs.jsonl") for task in ("sp", "rg")}
