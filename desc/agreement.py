@@ -1,4 +1,4 @@
-"""Labelled turns: given to people to label, read back, learned from, and held against an annotator."""
+"""What people say of turns, by labels or ratings: asked for, read back, learned from, and held against an annotator or a judge."""
 
 import csv
 import io
@@ -18,8 +18,8 @@ from tqdm import tqdm
 from desc import DescError
 from desc.esconv import Dialogue, Turn
 from desc.files import read_lines, write_bytes
-from desc.judging import LABELS, Annotator, Case, judging_messages
-from desc.metrics import bootstrap, kappa_of_confusion
+from desc.judging import LABELS, RUBRICS, Annotator, Case, judging_messages
+from desc.metrics import interval, kappa_of_confusion, kendall, resample, spearman
 from desc.mining import Answer
 from desc.prompts import Example
 from desc.report import markdown
@@ -123,15 +123,28 @@ def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int,
     judged = [one for one in answers if one[1].judged]
     rows, keys = [("number", "context", "strategy", "reply", "label")], [KEY]
     for number, (dialogue, answer) in enumerate(random.Random(seed).sample(judged, min(count, len(judged))), 1):
-        history = dialogue.turns[: 2 * answer.turn + 1][-SHOWN:]
-        context = "\n".join(f"{turn.speaker}: {turn.text}" for turn in history)
-        rows.append((number, context, answer.strategy, answer.reply, ""))
+        rows.append((number, context_of(dialogue, answer.turn), answer.strategy, answer.reply, ""))
         keys.append((number, dialogue.id, answer.turn, answer.judged.error, answer.judged.confidence, answer.judged.explanation))
-    for file, table in ((path, rows), (key_of(path), keys)):
-        text = io.StringIO()
-        # A spreadsheet would compute a cell that begins like a formula.
-        csv.writer(text).writerows([f"'{cell}" if str(cell).startswith(FORMULA) else cell for cell in row] for row in table)
-        write_bytes(file, text.getvalue().encode("utf-8-sig"))
+    write_table(path, rows)
+    write_table(key_of(path), keys)
+
+
+def context_of(dialogue: Dialogue, turn: int) -> str:
+    return "\n".join(f"{now.speaker}: {now.text}" for now in dialogue.turns[: 2 * turn + 1][-SHOWN:])
+
+
+def write_table(path: Path, rows: list[Sequence]) -> None:
+    text = io.StringIO()
+    # A spreadsheet would compute a cell that begins like a formula.
+    csv.writer(text).writerows([f"'{cell}" if str(cell).startswith(FORMULA) else cell for cell in row] for row in rows)
+    write_bytes(path, text.getvalue().encode("utf-8-sig"))
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DescError(f"{path}: cannot be read as UTF-8 ({error})") from None
 
 
 def key_of(path: Path) -> Path:
@@ -142,14 +155,8 @@ def read_review(path: str | Path) -> tuple[list[str], list[str], list[str]]:
     """(people's labels, the annotator's, dialogues) of the rows of a review that have a label.
 
     Raises DescError naming the row where a label is none of LABELS, or which the key lacks."""
-    tables = []
-    for file in (Path(path), key_of(Path(path))):
-        try:
-            tables.append(list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig")))))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DescError(f"{file}: cannot be read as UTF-8 ({error})") from None
-    keys, people, annotator, dialogues = {key.get("number"): key for key in tables[1]}, [], [], []
-    for row in tables[0]:
+    keys, people, annotator, dialogues = {key.get("number"): key for key in read_table(key_of(Path(path)))}, [], [], []
+    for row in read_table(Path(path)):
         number, label = row.get("number"), (row.get("label") or "").strip().casefold()
         if not label:
             continue
@@ -187,7 +194,7 @@ def compare(theirs: Sequence[str], ours: Sequence[str], dialogues: Sequence[str]
     for label, found, dialogue in zip(theirs, ours, dialogues, strict=True):
         counts[dialogue][names.index(found), names.index(label)] += 1
     groups, whole = list(counts.values()), sum(counts.values())
-    low, high = bootstrap(kappa_of_confusion, groups, seed=seed)
+    low, high = interval(kappa_of_confusion(resample(groups, seed=seed)))
     most = whole.sum(0).max() / whole.sum()
     head = f"{len(theirs)} turns of {len(groups)} dialogues: κ {kappa_of_confusion(whole):.3f} ({low:.3f}–{high:.3f}), the same label "
     head += f"for {100 * whole.trace() / whole.sum():.1f} %; always the commonest would be right for {100 * most:.1f} % (κ 0)"
@@ -199,3 +206,42 @@ def compare(theirs: Sequence[str], ours: Sequence[str], dialogues: Sequence[str]
         lines.append([name, f"{labelled:.0f}", f"{found:.0f}", *shares, f"{kappa_of_confusion(pair):.3f}"])
     matrix = [["annotated \\ labelled", *names], *([name, *(f"{n:.0f}" for n in row)] for name, row in zip(names, whole))]
     return "\n\n".join([head, markdown(lines), markdown(matrix)])
+
+
+def write_ratings(path: Path, dialogues: list[Dialogue], answers: dict[str, list[dict]]) -> None:
+    """The rated replies of some systems as a CSV, with the judge's ratings and an empty column beside each for people's: before it is
+    given to them, hide the judge's."""
+    rows = [("system", "dialogue", "turn", "context", "reply", *(f"{rubric} {who}" for rubric in RUBRICS for who in ("judge", "human")))]
+    for name, records in answers.items():
+        for dialogue, record in zip(dialogues, records, strict=True):
+            for turn, (reply, rating) in enumerate(zip(record["replies"], record.get("ratings", []))):
+                cells = [cell for rubric in RUBRICS for cell in (rating[rubric], "")]
+                rows.append((name, dialogue.id, turn, context_of(dialogue, turn), reply, *cells))
+    write_table(path, rows)
+
+
+def correlate(path: str | Path, seed: int = 0) -> str:
+    """How far a judge's ratings follow people's in the rows of a CSV that have both, columns "X judge" and "X human" for any X, as a
+    table: Spearman's ρ and Kendall's τ_b with 95 % intervals (bootstrap over dialogues). Raises DescError where no row has both."""
+    rows, lines = read_table(Path(path)), [["rubric", "replies", "Spearman", "Kendall"]]
+    for rubric in [column.removesuffix(" judge") for column in (rows[0] if rows else ()) if column and column.endswith(" judge")]:
+        both: dict[str, list[tuple[float, float]]] = {}
+        for number, row in enumerate(rows, 2):
+            cells = [row[f"{rubric} judge"], row.get(f"{rubric} human")]
+            try:
+                if all(cells):
+                    both.setdefault(row.get("dialogue") or str(number), []).append(tuple(float(cell.replace(",", ".")) for cell in cells))
+            except ValueError:
+                raise DescError(f"{path}: line {number}: {rubric} should be two numbers, not {cells[0]!r} and {cells[1]!r}") from None
+        groups, cells = list(both.values()), []
+        if not groups:
+            continue
+        draws = np.random.default_rng(seed).integers(len(groups), size=(300, len(groups)))
+        for measure in (spearman, kendall):
+            found = [measure(*zip(*(pair for i in drawn for pair in groups[i]))) for drawn in draws]
+            low, high = np.nanpercentile(found, [2.5, 97.5]) if not np.isnan(found).all() else (np.nan, np.nan)
+            cells.append(f"{measure(*zip(*(pair for group in groups for pair in group))):.3f} ({low:.3f}–{high:.3f})")
+        lines.append([rubric, str(sum(map(len, groups))), *cells])
+    if len(lines) == 1:
+        raise DescError(f"{path}: no row has both a judge's and a human rating, in columns like 'empathy judge' and 'empathy human'")
+    return markdown(lines)

@@ -1,11 +1,13 @@
-"""An annotator that says what is psychologically wrong with a supporter's turn: a local model, or one behind an endpoint.
+"""A model as annotator, which says what is psychologically wrong with a supporter's turn, and as judge, which says how good it is:
+a local one, or one behind an endpoint.
 
-It is guided by definitions and worked examples (data/annotator.txt), as the paper's expert-guided annotator is; the words are our own.
+The annotator is guided by definitions and worked examples (data/annotator.txt), as the paper's expert-guided annotator is; the judge by
+four rubrics (data/judge.json). The words are our own.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -14,7 +16,7 @@ from pathlib import Path
 from desc import cli
 from desc.encoding import encode
 from desc.endpoint import Endpoint
-from desc.esconv import Turn
+from desc.esconv import Dialogue, Turn
 from desc.lora import adapter_only, load_adapter
 from desc.prompts import Messages
 from desc.sampling import score
@@ -62,8 +64,8 @@ Annotator = Callable[[list[Case]], list[Judgement]]  # of one dialogue's cases
 
 
 @cache
-def guide() -> str:
-    return (files("desc") / "data" / "annotator.txt").read_text(encoding="utf-8")
+def guide(name: str) -> str:
+    return (files("desc") / "data" / name).read_text(encoding="utf-8")
 
 
 def quote(text: str) -> str:
@@ -73,9 +75,24 @@ def quote(text: str) -> str:
 
 def judging_messages(case: Case, answer: str = BY_LABEL) -> Messages:
     """What the annotator reads: one line an utterance, then the strategy and the reply to be judged."""
-    said = [(turn.speaker, turn.text) for turn in case.history] + [("strategy", case.strategy), ("reply", case.reply)]
+    lines = [("strategy", case.strategy), ("reply", case.reply)]
+    return flat_messages(guide("annotator.txt") + answer, case.history, lines)
+
+
+def flat_messages(system: str, history: Sequence[Turn], lines: list[tuple[str, str]]) -> Messages:
+    said = [(turn.speaker, turn.text) for turn in history] + lines
     flat = "".join(f"{name}: {quote(text)}\n" for name, text in said)
-    return [{"role": "system", "content": guide() + answer}, {"role": "user", "content": flat}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": flat}]
+
+
+def choose(model, tokenizer, asked: list[Messages], options: Sequence[str], config, *adapters: str) -> list[dict[str, float]]:
+    """The share of probability of each option as the answer to each of `asked`, all in one tree; the model with `adapters` alone.
+
+    `config` (a desc.cli.Config) says how long a prompt and how large a tree may be."""
+    items = [encode(tokenizer, f"case {i}", "", messages, list(options), config.max_length) for i, messages in enumerate(asked)]
+    with adapter_only(model, *adapters):
+        shares = score(model, items, config.max_tokens).exp().tolist()
+    return [dict(zip(options, row)) for row in shares]
 
 
 def make_annotator(config, model, tokenizer, endpoint: Endpoint | None) -> Annotator | None:
@@ -87,19 +104,15 @@ def make_annotator(config, model, tokenizer, endpoint: Endpoint | None) -> Annot
     folder = Path(config.out) / "annotate" / "sft"
     if cli.find_adapter(folder, "the base model judges; train_sft.py --task annotate makes a better annotator"):
         load_adapter(model, folder, "annotate")
-    return local_annotator(model, tokenizer, config.max_length, config.max_tokens)
+    return local_annotator(model, tokenizer, config)
 
 
-def local_annotator(model, tokenizer, max_length: int, max_tokens: int) -> Annotator:
-    """Scores the labels by their log-probability, all cases of a dialogue in one tree: always a valid label, with its probability.
-
-    Of the model's adapters only "annotate" takes part, if there is one."""
+def local_annotator(model, tokenizer, config) -> Annotator:
+    """Scores the labels by their log-probability: always a valid label, with its probability. Its adapter is called "annotate"."""
 
     def annotate(cases: list[Case]) -> list[Judgement]:
-        items = [encode(tokenizer, f"case {i}", "", judging_messages(case), LABELS, max_length) for i, case in enumerate(cases)]
-        with adapter_only(model, "annotate"):
-            best = score(model, items, max_tokens).exp().max(-1)
-        return [Judgement(LABELS[label], share) for share, label in zip(best.values.tolist(), best.indices.tolist())]
+        shares = choose(model, tokenizer, [judging_messages(case) for case in cases], LABELS, config, "annotate")
+        return [Judgement(label, share) for label, share in (max(row.items(), key=lambda one: one[1]) for row in shares)]
 
     return annotate
 
@@ -128,3 +141,58 @@ def read_judgement(text: str) -> Judgement:
     if error not in LABELS:
         return Judgement(UNREADABLE, 0.0, text)
     return Judgement(error, confidence, str(answer.get("explanation", "")))
+
+
+Judge = Callable[[list[Messages], Sequence[str]], list[tuple[dict[str, float], str]]]  # each option's share, {} if unreadable; the text
+RUBRICS = ("fluency", "professionalism", "empathy", "helpfulness")
+DIGITS, SIDES = ("0", "1", "2", "3", "4", "5"), ("A", "B", "tie")
+
+
+def make_judge(config, model, tokenizer, endpoint: Endpoint | None) -> Judge | None:
+    """As --judge says. The local one is the base model."""
+
+    def local(asked: list[Messages], options: Sequence[str]):
+        return [(row, max(row, key=row.get)) for row in choose(model, tokenizer, asked, options, config)]
+
+    def remote(asked: list[Messages], options: Sequence[str]):
+        texts = endpoint.ask_all(asked, "judge", 0, temperature=0.0, max_tokens=16)
+        found = [re.search(rf"\b(?:{'|'.join(options)})\b", text) for text in texts]
+        return [({option.group(): 1.0} if option else {}, text) for option, text in zip(found, texts)]
+
+    return {"none": None, "local": local, "endpoint": remote}[config.judge]
+
+
+def rubric_messages(rubric: str, dialogue: Dialogue, turn: int, replies: dict[str, str]) -> Messages:
+    """What the judge reads: one reply, to be rated from 0 to 5, or two, A and B, of which the better is to be named."""
+    texts = json.loads(guide("judge.json"))
+    wanted = f"{texts[rubric]['scale']} Answer with one digit from 0 to 5 and nothing else."
+    if len(replies) > 1:
+        wanted = "Which of A and B is better in this respect? Answer with A, B or tie and nothing else."
+    lines = [("human supporter's reply", dialogue.supporter(turn).text), *replies.items()]
+    return flat_messages(" ".join([texts["guide"], texts[rubric]["asks"], wanted]), dialogue.turns[: 2 * turn + 1], lines)
+
+
+def rate(judge: Judge, dialogue: Dialogue, replies: list[str]) -> tuple[list[dict[str, float | None]], list[dict]]:
+    """Each reply's rating by rubric, 0 … 5 (of a local judge the mean over its digits' shares), None where unreadable; a transcript."""
+    ratings, transcript = [{} for _ in replies], []
+    for rubric in RUBRICS:
+        asked = [rubric_messages(rubric, dialogue, turn, {"reply": reply}) for turn, reply in enumerate(replies)]
+        for turn, (shares, said) in enumerate(judge(asked, DIGITS)):
+            ratings[turn][rubric] = sum(int(digit) * share for digit, share in shares.items()) if shares else None
+            transcript.append({"turn": turn, "rubric": rubric, "asked": asked[turn][-1]["content"], "said": said})
+    return ratings, transcript
+
+
+def contest(judge: Judge, dialogue: Dialogue, ours: list[str], theirs: list[str]) -> tuple[list[dict[str, list]], list[dict]]:
+    """Which of two systems' replies is better, by rubric: [with ours shown first, with theirs shown first] of "ours", "theirs", "tie"
+    or None, for judges favour a place; a transcript."""
+    verdicts, transcript = [{rubric: [] for rubric in RUBRICS} for _ in ours], []
+    for rubric in RUBRICS:
+        for names in (("ours", "theirs"), ("theirs", "ours")):
+            shown = zip(ours, theirs) if names[0] == "ours" else zip(theirs, ours)
+            asked = [rubric_messages(rubric, dialogue, turn, dict(zip(SIDES, pair))) for turn, pair in enumerate(shown)]
+            meaning = dict(zip(SIDES, (*names, "tie")))
+            for turn, (shares, said) in enumerate(judge(asked, SIDES)):
+                verdicts[turn][rubric].append(meaning[max(shares, key=shares.get)] if shares else None)
+                transcript.append({"turn": turn, "rubric": rubric, "A": names[0], "asked": asked[turn][-1]["content"], "said": said})
+    return verdicts, transcript

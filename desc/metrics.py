@@ -1,4 +1,5 @@
-"""The metrics of the paper: preference bias B, strategy accuracy and F1, text overlap, and intervals by bootstrap."""
+"""The metrics of the paper: preference bias B, strategy accuracy and F1, text overlap; calibration, repetition, and intervals by
+bootstrap. What is computed from counts takes any number of leading dimensions (…), a bootstrap's samples, say."""
 
 import re
 from collections import Counter
@@ -20,8 +21,8 @@ def confusion(gold: Sequence[str], predicted: Sequence[str], strategies: Strateg
 
 @dataclass(frozen=True)
 class PreferenceBias:
-    bias: float  # B, the population standard deviation of the preferences; 0 is unbiased
-    preferences: np.ndarray  # p (K,), summing to K; above 1 is preferred, below 1 avoided
+    bias: np.ndarray  # B (…), the population standard deviation of the preferences; 0 is unbiased
+    preferences: np.ndarray  # p (…, K), summing to K; above 1 is preferred, below 1 avoided
 
 
 def preference_bias(gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV) -> PreferenceBias:
@@ -30,35 +31,36 @@ def preference_bias(gold: Sequence[str], predicted: Sequence[str], strategies: S
 
 
 def bias_of_confusion(counts: np.ndarray, sweeps: int = 20) -> PreferenceBias:
-    """B of a (K, K) confusion matrix, counts or expected counts. Each sweep updates p_i in place (Newman's iteration):
+    """B of confusion matrices (…, K, K), counts or expected counts. Each sweep updates p_i in place (Newman's iteration):
 
         p_i ← Σ_{j≠i} w_ij p_j / (p_i + p_j)  ÷  Σ_{j≠i} w_ji / (p_i + p_j)
 
     and divides by the geometric mean of the positive entries. The formula leaves three cases open. A strategy in no error at all is
     neither preferred nor avoided: p = 1, apart from the others. One that no error missed has a zero denominator and an unbounded
     strength: its p stays what it is before each sweep scales. One that is never predicted wrongly gets p = 0."""
-    w = counts * (1 - np.eye(len(counts)))
-    erring = w.sum(0) + w.sum(1) > 0
-    w, p = w[np.ix_(erring, erring)], np.ones(erring.sum())
+    w = counts * (1 - np.eye(counts.shape[-1]))
+    erring = w.sum(-1) + w.sum(-2) > 0
+    p = erring.astype(float)
     for _ in range(sweeps):
-        for i in range(len(p)):
-            pair = p[i] + p
+        for i in range(p.shape[-1]):
+            pair = p[..., i, None] + p
             pair[pair == 0] = 1  # two strengths of zero: i wins nothing, so its p stays zero whatever it lost
-            wins, losses = (w[i] * p / pair).sum(), (w[:, i] / pair).sum()
-            if losses > 0:
-                p[i] = wins / losses
-        if (p > 0).any():
-            p /= np.exp(np.log(p[p > 0]).mean())
-    preferences = np.ones(len(counts))
-    preferences[erring] = p * (len(p) / p.sum() if p.sum() > 0 else 1)
-    return PreferenceBias(float(preferences.std()), preferences)
+            wins, losses = (w[..., i, :] * p / pair).sum(-1), (w[..., i] / pair).sum(-1)
+            p[..., i] = np.divide(wins, losses, out=p[..., i].copy(), where=losses > 0)
+        logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+        p /= np.exp(logs.sum(-1, keepdims=True) / np.maximum((p > 0).sum(-1, keepdims=True), 1))
+    scale = erring.sum(-1, keepdims=True) / np.maximum(p.sum(-1, keepdims=True), 1e-12)
+    preferences = np.where(erring, p * scale, 1.0)
+    return PreferenceBias(preferences.std(-1), preferences)
 
 
 @dataclass(frozen=True)
 class StrategyScores:
-    accuracy: float
-    macro_f1: float  # Q
-    weighted_f1: float  # Q_W
+    """Each (…), in 0 … 1."""
+
+    accuracy: np.ndarray
+    macro_f1: np.ndarray  # Q
+    weighted_f1: np.ndarray  # Q_W
 
 
 def strategy_scores(gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV) -> StrategyScores:
@@ -67,29 +69,36 @@ def strategy_scores(gold: Sequence[str], predicted: Sequence[str], strategies: S
 
 
 def scores_of_confusion(counts: np.ndarray) -> StrategyScores:
-    """F1_i = 2 w_ii / (predicted i + gold i), 0 where a strategy is neither predicted nor gold."""
-    hits, predicted, gold = counts.diagonal(), counts.sum(1), counts.sum(0)
+    """F1_i = 2 w_ii / (predicted i + gold i), 0 where a strategy is neither predicted nor gold. counts (…, K, K)."""
+    hits, predicted, gold = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
     f1 = 2 * hits / np.maximum(predicted + gold, 1e-12)
-    total = max(counts.sum(), 1e-12)
-    return StrategyScores(float(hits.sum() / total), float(f1.mean()), float((f1 * gold).sum() / total))
+    total = np.maximum(gold.sum(-1), 1e-12)
+    return StrategyScores(hits.sum(-1) / total, f1.mean(-1), (f1 * gold).sum(-1) / total)
 
 
-def kappa_of_confusion(counts: np.ndarray) -> float:
-    """Cohen's κ (1960) of two raters' (K, K) counts: (agreement − agreement by chance) / (1 − agreement by chance).
+def kappa_of_confusion(counts: np.ndarray) -> np.ndarray:
+    """Cohen's κ (1960) of two raters' counts (…, K, K): (agreement − agreement by chance) / (1 − agreement by chance).
 
     0 where chance alone agrees fully: both raters gave every turn the same label."""
-    share = counts / max(counts.sum(), 1e-12)
-    chance = float(share.sum(0) @ share.sum(1))
-    return (float(share.trace()) - chance) / (1 - chance) if chance < 1 else 0.0
+    share = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1e-12)
+    chance = (share.sum(-1) * share.sum(-2)).sum(-1)
+    agreed = np.trace(share, axis1=-2, axis2=-1)
+    return np.divide(agreed - chance, 1 - chance, out=np.zeros_like(chance), where=chance < 1)
 
 
-def bootstrap(statistic: Callable[[np.ndarray], float], groups: Sequence[np.ndarray], samples: int = 1000, seed: int = 0):
-    """A 95 % percentile interval (low, high) of statistic(sum of the groups' arrays), resampling groups with replacement.
+def resample(groups: Sequence[np.ndarray], samples: int = 1000, seed: int = 0) -> np.ndarray:
+    """(samples, …): the sum of the groups' arrays (…), each time of as many groups drawn with replacement (the bootstrap).
 
-    Groups are dialogues: the turns of one dialogue are not independent."""
-    stacked, rng = np.stack(groups), np.random.default_rng(seed)
-    draws = [statistic(stacked[rng.integers(len(stacked), size=len(stacked))].sum(0)) for _ in range(samples)]
-    return tuple(float(x) for x in np.percentile(draws, [2.5, 97.5]))
+    Groups are dialogues: the turns of one dialogue are not independent. The same seed draws the same groups, so that what two systems
+    say of the same dialogues is paired."""
+    number = len(groups)
+    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=samples)
+    return np.tensordot(drawn.astype(float), np.stack(groups), axes=1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of a statistic's values (samples,) on `resample`'s sums."""
+    return tuple(float(x) for x in np.percentile(values, [2.5, 97.5]))
 
 
 def expected_confusion(probabilities: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV) -> np.ndarray:
@@ -100,6 +109,26 @@ def expected_confusion(probabilities: np.ndarray, gold: Sequence[str], strategie
 def negative_log_likelihood(logps: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV) -> float:
     """− mean log p(gold strategy), nats a turn, of a planner's exact distribution: logps (T, K)."""
     return -float(np.mean([row[strategies.index(name)] for row, name in zip(logps, gold, strict=True)]))
+
+
+def top_hits(logps: np.ndarray, gold: Sequence[str], k: int, strategies: Strategies = ESCONV) -> int:
+    """In how many turns the gold strategy is among the k likeliest: logps (T, K)."""
+    likeliest = np.argsort(-logps, axis=1, kind="stable")[:, :k]
+    return sum(strategies.index(name) in row for name, row in zip(gold, likeliest, strict=True))
+
+
+def calibration_counts(logps: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV, bins: int = 10) -> np.ndarray:
+    """(bins, 3), to be summed over dialogues: how many turns give their likeliest strategy a probability in that tenth of 0 … 1, the
+    sum of these probabilities, and how many of these strategies are gold. logps (T, K)."""
+    counts, likeliest = np.zeros((bins, 3)), np.exp(logps).max(1)
+    for confidence, best, name in zip(likeliest, logps.argmax(1), gold, strict=True):
+        counts[min(int(confidence * bins), bins - 1)] += 1, confidence, best == strategies.index(name)
+    return counts
+
+
+def calibration_error(counts: np.ndarray) -> np.ndarray:
+    """Expected calibration error (…), 0 … 1 (Guo et al. 2017), of calibration_counts (…, bins, 3): |confidence − accuracy|, weighted."""
+    return np.abs(counts[..., 1] - counts[..., 2]).sum(-1) / np.maximum(counts[..., 0].sum(-1), 1e-12)
 
 
 # What the Treebank conventions part from the word before it: "do|n't", "it|'s".
@@ -181,16 +210,54 @@ def turn_scores(reference: list[str], reply: list[str]) -> dict[str, float]:
     return scores | {"f1": word_f1(reference, reply), "rouge-l": rouge_l(reference, reply), "length": len(reply)}
 
 
-def text_scores(references: Sequence[str], replies: Sequence[str]) -> dict[str, float]:
-    """Text overlap of replies with the gold replies, × 100, and the mean length in words.
+def self_repetition(replies: Sequence[str]) -> tuple[int, int]:
+    """(repeated, all) trigrams of one dialogue's replies, repeated being those that stand in an earlier reply too."""
+    said, repeated, total = set(), 0, 0
+    for reply in replies:
+        grams = ngrams(words(reply), 3)
+        repeated, total = repeated + sum(gram in said for gram in grams), total + len(grams)
+        said.update(grams)
+    return repeated, total
 
-    "distinct-1" … "rouge-l" are means over turns, as the paper reports them; "corpus distinct-n" is over the n-grams of all
-    replies together, "corpus bleu-n" from the summed counts, as is usual elsewhere. An empty reply scores 0; so do no turns."""
+
+def near_copies(replies: Sequence[str], least: float = 0.9) -> float:
+    """The share of replies, 0 … 1, whose set of words agrees with that of another reply: 2 |a ∩ b| / (|a| + |b|) ≥ `least` (Dice)."""
+    bags = [set(words(reply)) for reply in replies]
+    number = {word: i for i, word in enumerate(sorted(set().union(*bags)))}
+    held = np.zeros((len(bags), len(number)), np.float32)
+    for row, bag in zip(held, bags):
+        row[[number[word] for word in bag]] = 1
+    size = held.sum(1)
+    alike = 2 * (held @ held.T) >= least * (size[:, None] + size) - 1e-6
+    np.fill_diagonal(alike, False)
+    return float(alike.any(1).mean()) if len(bags) else 0.0
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """1 … n; equal values share the mean of their ranks."""
+    values = np.asarray(values, float)
+    return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation ρ, −1 … 1: Pearson's of the ranks; nan where one side is constant."""
+    x, y = (ranks(values) - (len(values) + 1) / 2 for values in (a, b))
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm else float("nan")
+
+
+def kendall(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation τ_b, −1 … 1, which allows for ties; nan where one side is constant."""
+    x, y = (np.sign(np.subtract.outer(values, values)) for values in (a, b))
+    norm = np.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / norm) if norm else float("nan")
+
+
+def corpus_scores(references: Sequence[str], replies: Sequence[str]) -> dict[str, float]:
+    """Of all replies together, × 100: "corpus distinct-n" over all their n-grams, "corpus bleu-n" from the summed counts.
+
+    That is usual elsewhere; the paper's are means over turns (`turn_scores`), and very different figures. 0 where there are none."""
     turns = [(words(gold), words(reply)) for gold, reply in zip(references, replies, strict=True)] or [([], [])]
-    each = [turn_scores(*turn) for turn in turns]
-    scores = {name: float(np.mean([score[name] for score in each])) for name in each[0]}
-    for n in (1, 2, 3):
-        scores[f"corpus distinct-{n}"] = distinct([gram for _, reply in turns for gram in ngrams(reply, n)])
-    for n, score in enumerate(bleu(sum(bleu_counts(*turn) for turn in turns)), 1):
-        scores[f"corpus bleu-{n}"] = float(score)
-    return {name: score if name == "length" else 100 * score for name, score in scores.items()}
+    scores = {f"corpus distinct-{n}": distinct([gram for _, reply in turns for gram in ngrams(reply, n)]) for n in (1, 2, 3)}
+    scores |= {f"corpus bleu-{n}": float(score) for n, score in enumerate(bleu(sum(bleu_counts(*turn) for turn in turns)), 1)}
+    return {name: 100 * score for name, score in scores.items()}

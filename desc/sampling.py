@@ -64,16 +64,13 @@ def temper(logps: torch.Tensor, temperature: float, top_p: float) -> torch.Tenso
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
 
 
-def plan_dialogue(
-    model, tokenizer, config, task: str, dialogue: Dialogue, strategies: Strategies, turns: list[int] | None = None
-) -> tuple[torch.Tensor, list[str]]:
-    """The exact distribution (T, K) at every supporter turn, as logarithms, and a strategy drawn at each of `turns` (all, once).
+def draw_strategies(logps: torch.Tensor, config, dialogue: Dialogue, strategies: Strategies) -> list[str]:
+    """A strategy from each row of log-probabilities (T, K), of turns of `dialogue`.
 
     `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw together with the dialogue's id."""
-    logps = score_strategies(model, tokenizer, task, [dialogue], strategies, config.max_length, config.max_tokens)
-    probabilities = temper(logps, config.temperature, config.top_p)[list(range(len(dialogue))) if turns is None else turns]
+    probabilities = temper(logps, config.temperature, config.top_p)
     drawn = torch.multinomial(probabilities, 1, generator=seeded(config.seed, "plan", dialogue.id))[:, 0]
-    return logps, [strategies.names[i] for i in drawn.tolist()]
+    return [strategies.names[i] for i in drawn.tolist()]
 
 
 def write_dialogue(
@@ -138,8 +135,10 @@ class LocalSampler:
     strategies: Strategies
 
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
+        config = self.config
         with adapter_only(self.model, task):
-            return plan_dialogue(self.model, self.tokenizer, self.config, task, dialogue, self.strategies, turns)[1]
+            logps = score_strategies(self.model, self.tokenizer, task, [dialogue], self.strategies, config.max_length, config.max_tokens)
+        return draw_strategies(logps[turns], config, dialogue, self.strategies)
 
     def write(self, dialogue: Dialogue, planned: list[tuple[int, str]], task: str = "rg") -> list[str]:
         with adapter_only(self.model, task):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from desc import DescError
+from desc import DescError, cli
 from desc.encoding import encode, encode_prompt
 from desc.endpoint import Endpoint
 from desc.esconv import Turn
@@ -28,7 +28,7 @@ HOSTILE = [
 
 def test_the_guide_defines_every_label_and_works_an_example_of_each():
     for label in LABELS:
-        assert f"\n{label}: " in guide() and f"\njudgement: {label}. " in guide()
+        assert f"\n{label}: " in guide("annotator.txt") and f"\njudgement: {label}. " in guide("annotator.txt")
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -68,7 +68,8 @@ def test_read_judgement(text, expected):
 def test_a_local_judgement_is_the_likeliest_label_of_each_case_alone(toy):
     model, tokenizer = toy
     cases = [CASE, Case((*CASE.history, Turn("supporter", "Oh.", "Others"), Turn("seeker", "Yes.")), "Others", "I see.")]
-    for case, judged in zip(cases, local_annotator(model, tokenizer, 4096, 4096)(cases)):
+    config = cli.Config(max_length=4096, max_tokens=4096)
+    for case, judged in zip(cases, local_annotator(model, tokenizer, config)(cases)):
         alone = []
         for prompt, label in encode(tokenizer, "", "", judging_messages(case), LABELS, 4096).sequences:
             logits = model(torch.tensor([prompt + label])).logits[0, len(prompt) - 1 : -1]

@@ -13,16 +13,26 @@ from desc.metrics import (
     bias_of_confusion,
     bleu,
     bleu_counts,
-    bootstrap,
+    calibration_counts,
+    calibration_error,
     common_subsequence,
     confusion,
+    corpus_scores,
     expected_confusion,
+    interval,
+    kappa_of_confusion,
+    kendall,
+    near_copies,
     negative_log_likelihood,
     preference_bias,
+    resample,
     rouge_l,
     scores_of_confusion,
+    self_repetition,
+    spearman,
     strategy_scores,
-    text_scores,
+    top_hits,
+    turn_scores,
     words,
 )
 from desc.strategies import ESCONV, Strategies
@@ -54,6 +64,13 @@ def random_pairs(seed: int, turns: int = 60) -> tuple[list[str], list[str]]:
     """(references, replies), each one or two of SENTENCES."""
     rng = random.Random(seed)
     return tuple([" ".join(rng.sample(SENTENCES, rng.choice((1, 2)))) for _ in range(turns)] for _ in range(2))
+
+
+def text_scores(references: list[str], replies: list[str]) -> dict[str, float]:
+    """The means of turn_scores, × 100 but for the length, and corpus_scores."""
+    each = [turn_scores(words(gold), words(reply)) for gold, reply in zip(references, replies, strict=True)] or [turn_scores([], [])]
+    means = {name: np.mean([scores[name] for scores in each]) * (1 if name == "length" else 100) for name in each[0]}
+    return means | corpus_scores(references, replies)
 
 
 # Preference bias
@@ -252,36 +269,125 @@ def dialogues(seed: int, number: int) -> list[np.ndarray]:
     return [rng.multinomial(10, (np.eye(8) * 0.4 + 0.6 / 8).ravel() / 8).reshape(8, 8) for _ in range(number)]
 
 
-def accuracy(counts: np.ndarray) -> float:
+def accuracy(counts: np.ndarray) -> np.ndarray:
     return scores_of_confusion(counts).accuracy
 
 
 def test_bootstrap_interval_contains_the_estimate():
     groups = dialogues(0, 60)
-    low, high = bootstrap(accuracy, groups)
+    low, high = interval(accuracy(resample(groups)))
     assert low < accuracy(sum(groups)) < high
 
 
 def test_bootstrap_interval_is_as_wide_as_theory_says():
     """The mean of n dialogues' accuracies has a standard error of sd / √n, so the interval is about 2 · 1.96 of those wide."""
     groups = dialogues(1, 100)
-    low, high = bootstrap(accuracy, groups, samples=4000)
+    low, high = interval(accuracy(resample(groups, samples=4000)))
     assert high - low == pytest.approx(2 * 1.96 * np.std([accuracy(g) for g in groups]) / sqrt(100), rel=0.08)
 
 
 def test_bootstrap_interval_shrinks_with_more_groups():
-    few, many = (bootstrap(accuracy, dialogues(2, number)) for number in (25, 400))
+    few, many = (interval(accuracy(resample(dialogues(2, number)))) for number in (25, 400))
     assert many[1] - many[0] < (few[1] - few[0]) / 2  # in theory a quarter
 
 
 def test_bootstrap_interval_of_equal_groups_is_a_point():
-    assert bootstrap(accuracy, [np.eye(8), np.eye(8)]) == (1, 1)
+    assert interval(accuracy(resample([np.eye(8), np.eye(8)]))) == (1, 1)
 
 
 def test_bootstrap_repeats_with_its_seed():
     groups = dialogues(3, 20)
-    assert bootstrap(accuracy, groups, seed=5) == bootstrap(accuracy, groups, seed=5)
-    assert bootstrap(accuracy, groups, seed=5) != bootstrap(accuracy, groups, seed=6)
+    assert interval(accuracy(resample(groups, seed=5))) == interval(accuracy(resample(groups, seed=5)))
+    assert interval(accuracy(resample(groups, seed=5))) != interval(accuracy(resample(groups, seed=6)))
+
+
+def test_a_paired_difference_has_the_interval_of_the_differences():
+    """One system is right once more in every dialogue of ten turns: the difference is 0.1 in every sample, however accuracy varies."""
+    rng = np.random.default_rng(0)
+    first = [np.array([[n, 0], [10 - n, 0]]) for n in rng.integers(0, 10, 40)]
+    second = [counts + [[1, 0], [-1, 0]] for counts in first]
+    a, b = (accuracy(resample(groups, seed=3)) for groups in (first, second))
+    assert a.std() > 0.02 and interval(b - a) == pytest.approx((0.1, 0.1))
+
+
+def test_leading_dimensions_give_what_each_matrix_gives_alone():
+    rng = np.random.default_rng(1)
+    counts = rng.binomial(2, rng.choice([0.02, 0.1, 0.3], (40, 1, 1)), (40, 8, 8)).reshape(5, 8, 8, 8).astype(float)
+    bias, scores, kappa = bias_of_confusion(counts), scores_of_confusion(counts), kappa_of_confusion(counts)
+    assert bias.bias.shape == kappa.shape == (5, 8) and bias.preferences.shape == (5, 8, 8)
+    for at in np.ndindex(5, 8):
+        alone = bias_of_confusion(counts[at])
+        assert bias.preferences[at] == pytest.approx(alone.preferences, rel=1e-12) and bias.bias[at] == pytest.approx(alone.bias)
+        assert scores.macro_f1[at] == pytest.approx(scores_of_confusion(counts[at]).macro_f1)
+        assert kappa[at] == pytest.approx(kappa_of_confusion(counts[at]))
+
+
+# Calibration
+
+
+def planner(seed: int, turns: int) -> tuple[np.ndarray, list[str]]:
+    """(logps (T, 8), gold names)"""
+    rng = np.random.default_rng(seed)
+    return np.log(rng.dirichlet(np.full(8, 0.5), turns)), [ESCONV.names[i] for i in rng.integers(0, 8, turns)]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_top_hits_against_scikit_learn(k):
+    metrics = pytest.importorskip("sklearn.metrics")
+    logps, gold = planner(k, 200)
+    expected = metrics.top_k_accuracy_score([ESCONV.index(name) for name in gold], logps, k=k, labels=range(8), normalize=False)
+    assert top_hits(logps, gold, k) == expected
+
+
+def test_calibration_error_by_hand():
+    """Two turns at 0.8, one of them right, and two at 0.6, both right: |2 · 0.8 − 1| + |2 · 0.6 − 2| = 0.6 + 0.8, over 4 turns 0.35."""
+    names = Strategies(("a", "b"))
+    logps = np.log([[0.8, 0.2], [0.2, 0.8], [0.6, 0.4], [0.4, 0.6]])
+    counts = calibration_counts(logps, ["a", "a", "a", "b"], names)
+    assert calibration_error(counts) == pytest.approx(0.35)
+    assert calibration_error(np.stack([counts, 3 * counts, 0 * counts])) == pytest.approx([0.35, 0.35, 0])
+
+
+def test_a_calibrated_planner_has_no_calibration_error():
+    rng, (logps, _) = np.random.default_rng(7), planner(7, 20000)
+    gold = [ESCONV.names[rng.choice(8, p=row)] for row in np.exp(logps)]
+    assert calibration_error(calibration_counts(logps, gold)) < 0.015
+    assert calibration_error(calibration_counts(np.log(np.exp(logps) ** 3 / (np.exp(logps) ** 3).sum(1, keepdims=True)), gold)) > 0.1
+
+
+def test_full_confidence_falls_into_the_last_bin():
+    counts = calibration_counts(np.array([[0.0, -np.inf]]), ["a"], Strategies(("a", "b")))
+    assert counts[9].tolist() == [1, 1, 1] and counts.sum() == 3
+
+
+# Repetition and rank correlation
+
+
+def test_self_repetition_counts_trigrams_of_earlier_replies():
+    """"i am here for you" has 3 trigrams; the second reply has 4, of which "i am here" and "am here for" were said; within a reply
+    nothing repeats."""
+    assert self_repetition(["I am here for you", "Yes, I am here for"]) == (2, 7)
+    assert self_repetition(["go go go go", "Hm"]) == (0, 2)
+
+
+def test_near_copies_are_replies_that_have_a_twin():
+    twins = ["I am so sorry to hear that you lost your job.", "i am so sorry to hear that you lost your Job!"]
+    assert near_copies([*twins, "What happened?", ""]) == pytest.approx(2 / 4)
+    assert near_copies(twins[:1]) == near_copies([]) == 0
+    assert near_copies(["a b c d e f g h i", "a b c d e f g h j"], 8 / 9) == 1  # 2 · 8 / 18
+    assert near_copies(["a b c d e f g h i", "a b c d e f g h j"]) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlations_against_scipy(seed):
+    stats = pytest.importorskip("scipy.stats")
+    a, b = np.random.default_rng(seed).integers(0, 6, (2, 30)) + np.arange(30) // 10
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert kendall(a, b) == pytest.approx(stats.kendalltau(a, b).statistic)
+
+
+def test_rank_correlation_of_a_constant_is_undefined():
+    assert np.isnan(spearman([1, 1, 1], [1, 2, 3])) and np.isnan(kendall([1, 2, 3], [2, 2, 2]))
 
 
 # Words

@@ -11,7 +11,7 @@ from architectures import KINDS, build, configure
 from desc import attention
 from desc.encoding import encode
 from desc.prompts import build_messages
-from desc.sampling import generate, plan_dialogue, score_strategies, temper, write_dialogue
+from desc.sampling import draw_strategies, generate, score_strategies, temper, write_dialogue
 from desc.strategies import ESCONV
 
 CONFIG = SimpleNamespace(seed=0, temperature=0.7, top_p=0.95, max_new_tokens=6, max_length=2048, max_tokens=1024)
@@ -72,11 +72,12 @@ def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
 def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
     """So a resumed mining run draws what an uninterrupted one would have drawn."""
     model, tokenizer = toy
-    planned = plan_dialogue(model, tokenizer, CONFIG, "vanilla", sample[0], ESCONV)[1]
+    logps = score_strategies(model, tokenizer, "vanilla", sample[:1])
+    planned = draw_strategies(logps, CONFIG, sample[0], ESCONV)
     first = write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], [(turn, "Question") for turn in range(len(sample[0]))], ESCONV)
     torch.rand(3)
     state = torch.get_rng_state()
-    assert plan_dialogue(model, tokenizer, CONFIG, "vanilla", sample[0], ESCONV)[1] == planned
+    assert draw_strategies(logps, CONFIG, sample[0], ESCONV) == planned
     assert write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], [(turn, "Question") for turn in range(len(sample[0]))], ESCONV) == first
     assert torch.equal(torch.get_rng_state(), state)  # and the global generator is left alone
     other = SimpleNamespace(**{**vars(CONFIG), "seed": 1})
