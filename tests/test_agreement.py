@@ -10,9 +10,9 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from desc import DescError
-from desc.agreement import compare, find_turns, hold_out, read_labels, read_review, write_review
+from desc.agreement import compare, correlate, find_turns, hold_out, read_labels, read_review, write_ratings, write_review
 from desc.esconv import Dialogue, Turn
-from desc.judging import LABELS, Judgement
+from desc.judging import LABELS, RUBRICS, Judgement
 from desc.metrics import kappa_of_confusion
 from desc.mining import Answer
 from desc.strategies import ESCONV
@@ -117,3 +117,30 @@ def test_no_dialogue_is_on_both_sides_of_a_hold_out(tmp_path):
     rest, held = hold_out(read_labels(tmp_path / "a.jsonl", [], ESCONV), 0.2)
     assert [one.dialogue for one in held] == ["8", "8", "9", "9", "9"] and len(rest) == 17
     assert not {one.dialogue for one in rest} & {one.dialogue for one in held}
+
+
+# --- ratings --------------------------------------------------------------------------------------------------------------------
+
+
+def test_ratings_come_back_with_peoples_and_are_correlated(tmp_path):
+    """The judge gives 0 … 5 and people the same order, with one pair the other way round: of 15 pairs 14 agree, so τ = (14 − 1) / 15;
+    ρ = 1 − 6 Σd² / n(n² − 1) = 1 − 6 · 2 / 210."""
+    dialogues = [talk(str(i), "Hi") for i in range(6)]
+    records = [{"replies": [f"-{i}"], "ratings": [dict.fromkeys(RUBRICS, float(i))]} for i in range(6)]
+    write_ratings(tmp_path / "r.csv", dialogues, {"sft": records})
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text(encoding="utf-8-sig").splitlines()))
+    assert rows[1]["reply"] == "'-1" and rows[1]["context"] == "seeker: Hi"
+    for row, value in zip(rows, (0, 1, 3, 2, 4, 5)):
+        row["empathy human"] = value
+    with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader(), writer.writerows(rows)
+    said = correlate(tmp_path / "r.csv")
+    assert "| empathy | 6 | 0.943 (" in said and "| 0.867 (" in said and "fluency" not in said
+
+
+@pytest.mark.parametrize("text, says", [("a judge,a human\n1,\n", "no row has both"), ("a judge,a human\n1,good\n", "line 2: a should be two numbers"), ("", "no row")])
+def test_ratings_that_cannot_be_correlated_are_told(tmp_path, text, says):
+    (tmp_path / "r.csv").write_text(text)
+    with pytest.raises(DescError, match=says):
+        correlate(tmp_path / "r.csv")
