@@ -1,0 +1,61 @@
+"""The planner's exact distribution at every test turn, a dialogue at a time on its tree, against writing the strategy turn by turn.
+
+    python benchmarks/planning.py --data ESConv.json --split-file split.json --out out/esconv
+
+Uses OUT/sp/sft where it is there. Turn by turn is Transformers' generate, greedy, on `--turns` turns, evenly spaced. Prints seconds, turns
+a second and their ratio, and for how many of these turns the likeliest strategy is the one that was written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from contest import now
+from tqdm import tqdm
+
+from desc import cli
+from desc.encoding import encode_prompt
+from desc.esconv import load_splits
+from desc.lora import load_adapter
+from desc.modeling import load
+from desc.prompts import build_messages
+from desc.sampling import score_strategies
+from desc.strategies import read_strategies
+from desc.training import take
+
+
+@dataclass
+class Config(cli.Config):
+    turns: int = cli.flag(60, "turns to write strategies for")
+
+
+def main():
+    config = cli.parse(Config)
+    strategies = read_strategies(config.strategies)
+    test = take(load_splits(config.data, config.split_file, strategies, config.seed)["test"], config.eval_dialogues)
+    model, tokenizer = load(config.model, config.torch_dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    if cli.find_adapter(Path(config.out) / "sp" / "sft", "the base model plans"):
+        load_adapter(model, Path(config.out) / "sp" / "sft", "sp")
+
+    score_strategies(model, tokenizer, "sp", test[:1], strategies, config.max_length, config.max_tokens)  # warm
+    begin = now()
+    rows = [score_strategies(model, tokenizer, "sp", [d], strategies, config.max_length, config.max_tokens) for d in tqdm(test)]
+    exact = now() - begin
+    likeliest = [strategies.names[i] for i in torch.cat(rows).argmax(-1).tolist()]
+
+    places = [(dialogue, turn) for dialogue in test for turn in range(len(dialogue))]
+    some = range(0, len(places), max(1, len(places) // config.turns))
+    begin, same = now(), 0
+    for i in tqdm(some):
+        prompt = torch.tensor([encode_prompt(tokenizer, build_messages("sp", *places[i], strategies=strategies))], device=model.device)
+        with torch.no_grad():
+            written = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=16)[0, prompt.shape[1] :]
+        same += strategies.parse(tokenizer.decode(written, skip_special_tokens=True)) == likeliest[i]
+    each = (now() - begin) / len(some)
+    print(f"exact distribution  {exact:7.1f} s for {len(places)} turns, {len(places) / exact:.1f} turns/s")
+    print(f"turn by turn        {each * len(some):7.1f} s for {len(some)} turns, {1 / each:.1f} turns/s; all would take {each * len(places):.0f} s")
+    print(f"ratio {each * len(places) / exact:.1f}; {same} of {len(some)} written strategies are the likeliest")
+
+
+if __name__ == "__main__":
+    cli.run(main)
