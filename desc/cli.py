@@ -1,4 +1,4 @@
-"""What the four scripts share about flags, errors and where things lie."""
+"""What the five scripts share about flags, errors and where things lie."""
 
 import math
 import os
@@ -32,19 +32,25 @@ class Config:
     """Flags of every script."""
 
     model: str = flag("smollm2", "smollm2, toy, a Hub id or a folder")
-    data: str = flag("sample", "sample (shipped), esconv (fetched from the Hub), or a file in ESConv's schema")
-    split_file: str | None = flag(None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1")
     strategies: str | None = flag(None, "a text file with another taxonomy, one strategy a line")
     out: str = flag("out", "the folder under which every artefact lies")
     seed: int = flag(0, "seeds the split, the adapters' start, the order of batches and all sampling")
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of the frozen base model; adapters are float32")
-    eval_dialogues: int = flag(0, "held-out dialogues to use, the first of their split; 0 takes all")
     max_length: int = flag(2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges")
-    max_tokens: int = flag(1024, "tree nodes in one forward pass, or twice the longest sequence where that is more; less needs less memory")
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+
+@dataclass
+class DataConfig(Config):
+    """Flags of the scripts that read a data set."""
+
+    data: str = flag("sample", "sample (shipped), esconv (fetched from the Hub), or a file in ESConv's schema")
+    split_file: str | None = flag(None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1")
+    eval_dialogues: int = flag(0, "held-out dialogues to use, the first of their split; 0 takes all")
+    max_tokens: int = flag(1024, "tree nodes in one forward pass, or twice the longest sequence where that is more; less needs less memory")
 
 
 @dataclass
@@ -57,7 +63,7 @@ class SampleConfig(Config):
 
 
 @dataclass
-class AskConfig(Config):
+class AskConfig(DataConfig):
     """Flags of the scripts that may ask a server, or a local annotator."""
 
     annotator: Literal["none", "local", "endpoint"] = flag("none", "who says what is wrong with an answer: nobody, --model with OUT/annotate/sft, --endpoint")
@@ -69,7 +75,7 @@ class AskConfig(Config):
 
 
 @dataclass
-class TaskConfig(Config):
+class TaskConfig(DataConfig):
     """Flags of the scripts that work on one module."""
 
     task: Literal[TASKS] = field(kw_only=True, metadata={"help": "planner, generator, or both in one model"})
