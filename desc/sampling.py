@@ -1,7 +1,7 @@
 """What a model would do: the exact distribution over strategies, and replies in batches."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -91,9 +91,17 @@ def write_dialogue(
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-@torch.no_grad()
 def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[int]]:
-    """One sampled continuation a prompt, without its end-of-turn token; temperature 0 is greedy.
+    """One sampled continuation a prompt, without its end-of-turn token; temperature 0 is greedy."""
+    written = [[] for _ in prompts]
+    for branch, token in grow_branches(model, prompts, config, seed):
+        written[branch].append(token)
+    return written
+
+
+@torch.no_grad()
+def grow_branches(model, prompts: list[list[int]], config, seed: int) -> Iterator[tuple[int, int]]:
+    """The tokens of `generate` as they are drawn, each with its prompt's index.
 
     The prompts are read once, as the tree that they are. Then each continuation is a branch that grows from its prompt's last node, a
     token at a time, and sees its ancestors and itself alone."""
@@ -105,12 +113,10 @@ def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[in
     growing, depth = branches, forest.depth
     nodes = torch.arange(len(depth), device=model.device)
     visible = sees(forest)(forest.rows[:, None], nodes)  # (B, L): what the next token of each branch sees
-    written = [[] for _ in prompts]
     for length in range(1, config.max_new_tokens + 1):
         tokens = torch.multinomial(temper(logits.float(), config.temperature, config.top_p), 1, generator=draw)[:, 0]
         growing, tokens = growing[tokens != stop], tokens[tokens != stop]
-        for branch, token in zip(growing.tolist(), tokens.tolist()):
-            written[branch].append(token)
+        yield from zip(growing.tolist(), tokens.tolist())
         if not len(growing) or length == config.max_new_tokens:
             break
         here = forest.depth[forest.rows[growing]] + length
@@ -122,7 +128,17 @@ def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[in
             return (seen if window is None else seen & (here[:, None] - depth < window))[None, None]
 
         logits = forward(model, tokens, here, mask, cache=cache)
-    return written
+
+
+def stream_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of a reply in the pieces that its tokens add. White space at the end, and half a character, wait for what follows."""
+    ids, before = [], ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if not text.endswith("\ufffd"):  # what bytes that are no character yet are decoded as
+            yield text[len(before) :]
+            before = text
 
 
 @dataclass(frozen=True)
@@ -131,7 +147,7 @@ class LocalSampler:
 
     model: torch.nn.Module
     tokenizer: object
-    config: object  # a desc.cli.SampleConfig
+    config: object  # desc.cli's SampleConfig and DataConfig in one
     strategies: Strategies
 
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
