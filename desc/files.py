@@ -15,10 +15,10 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:  # a full disk: leave it as it was
+        os.replace(temporary, path)
+    except OSError:  # a full disk, or a folder of that name: leave it as it was
         temporary.unlink(missing_ok=True)
         raise
-    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name too must outlive a power cut
     os.close(folder)

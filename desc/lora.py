@@ -104,9 +104,9 @@ def adapter_off(model, *names: str):
     """Within this context the model answers as if the adapters `names` were not there; also restored after an exception."""
     layers = lora_layers(model).values()
     before = [set(layer.off) for layer in layers]
-    for layer in layers:
-        layer.off |= set(names)
     try:
+        for layer in layers:
+            layer.off |= set(names)
         yield
     finally:
         for layer, off in zip(layers, before):
