@@ -14,10 +14,11 @@ def command(script, *flags, ranks=1) -> list[str]:
     return [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)]
 
 
-def run(script, *flags, cwd=ROOT, fails=False, ranks=1):
+def run(script, *flags, cwd=ROOT, fails=False, ranks=1, stdin=None):
     """The script's standard output, or, where it should fail, its standard error."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the models are tiny: threads would only get in each other's way
-    done = subprocess.run(command(script, *flags, ranks=ranks), capture_output=True, text=True, cwd=cwd, env=environment)
+    streams = {"input": stdin, "capture_output": True, "text": True, "errors": "surrogateescape"}
+    done = subprocess.run(command(script, *flags, ranks=ranks), cwd=cwd, env=environment, **streams)
     assert bool(done.returncode) is fails, done.stderr
     return done.stderr if fails else done.stdout
 
