@@ -16,7 +16,7 @@ from desc.esconv import Dialogue, Turn, load_dialogues
 from desc.lora import add_adapter, adapter_only, lora_layers, save_adapter
 from desc.safety import CRISIS, OPENING, in_danger
 from desc.sampling import grow_branches, score_strategies, stream_text
-from desc.strategies import ESCONV
+from desc.strategies import ESCONV, Strategies
 
 sys.path.append(str(ROOT))
 import chat  # noqa: E402
@@ -52,16 +52,18 @@ def start(toy, out):
 def test_a_piped_conversation(out, tmp_path):
     """Every command and every mistake, one after another; it ends where the input ends."""
     said = [
-        "/compare", "", "My dog di\udced.", "/compare", "/strategy Informatoin", "/strategy information", "I don’t want to live any more.",
-        f"/save {tmp_path}", f"/save {tmp_path / 'chat.json'}", "/undo", "/undo", "/undo", "/frobnicate", "/help", "word " * 30000,
+        "/compare", "", "My dog di\udced.", "/compare", "/strategy Informatoin", "/strategy information",
+        "I don’t want to live any more.", f"/save {tmp_path}", f"/save {tmp_path / 'chat.json'}", "/undo", "/undo", "/undo",
+        "/frobnicate", "/help", "word " * 30000,
     ]  # fmt: skip
     told = run("chat.py", "--model", "toy", "--out", out, "--max-new-tokens", 12, stdin="\n".join(said))
     assert told.startswith(OPENING) and "Traceback" not in told and told.endswith("Goodbye, and take care.\n")
     places = [
-        f"finds no adapter in {out}/sp/dpo: train_dpo.py --task sp makes one", "planner: sft, generator: dpo", "There is no reply yet",
-        "← drawn", "supporter [", "before DPO [", "after DPO [", "did you mean 'Information'?", "follows Information", CRISIS, "← forced",
-        "supporter [Information]: ", f"/save {tmp_path}: cannot be written", "(Saved in ", "(Taken back: 'I don’t want",
-        "(Taken back: 'My dog di�.'", "There is no reply yet", "/frobnicate is no command", chat.HELP, "your message: the latest turn alone has more than 2048 tokens",
+        f"finds no adapter in {out}/sp/dpo: train_dpo.py --task sp makes one", "planner: sft, generator: dpo",
+        "There is no reply yet", "← drawn", "supporter [", "before DPO [", "after DPO [", "did you mean 'Information'?",
+        "follows Information", CRISIS, "← forced", "supporter [Information]: ", f"/save {tmp_path}: cannot be written",
+        "(Saved in ", "(Taken back: 'I don’t want", "(Taken back: 'My dog di�.'", "There is no reply yet",
+        "/frobnicate is no command", chat.HELP, "your message: the latest turn alone has more than 2048 tokens",
     ]  # fmt: skip
     at = 0
     for place in places:
@@ -103,16 +105,17 @@ def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monk
 
 def test_bars_are_the_planners_exact_probabilities(start, capsys):
     talk = start(temperature=0)
+    talk.strategies = Strategies(tuple("ABCDEFGH"))  # names of about one length, or a toy would be sure of the shortest
     for message in ("I failed my exam.", "Twice!"):
         talk.take(message)
         bars = re.findall(BAR, capsys.readouterr().out, re.M)
         dialogue = Dialogue("", talk.turns)
         with adapter_only(talk.model, "sp-sft"):
-            exact = 100 * score_strategies(talk.model, talk.tokenizer, "sp", [dialogue])[-1].exp()
-        assert [name for name, _, _ in bars] == list(ESCONV)
+            exact = 100 * score_strategies(talk.model, talk.tokenizer, "sp", [dialogue], talk.strategies)[-1].exp()
+        assert [name for name, _, _ in bars] == list(talk.strategies) and exact.max() < 90
         torch.testing.assert_close(torch.tensor([float(p) for _, p, _ in bars]), exact, atol=0.051, rtol=0)
         (drawn,) = [name for name, _, how in bars if how == "drawn"]
-        assert drawn == ESCONV.names[int(exact.argmax())] == talk.turns[-1].strategy
+        assert drawn == talk.strategies.names[int(exact.argmax())] == talk.turns[-1].strategy
 
 
 def test_a_forced_strategy_stays_until_the_planner_chooses_again(start, capsys):
@@ -191,12 +194,13 @@ def test_a_reply_streams_in_whole_characters(toy):
     "text",
     [
         "I want to die", "i just wanna die.", "I’m thinking about suicide", "im suicidal", "I dont want to live anymore", "kms",
-        "I don’t want to be here any more", "I'm going to kill myself", "I might end my life", "I want to end it all", "I wish I was dead",
-        "I wish I'd never been born", "Everyone would be better off without me", "there is no reason to live", "I'm tired of living",
-        "I want to go to sleep and never wake up", "I don't think I can go on.", "I hurt myself last night", "I've been cutting again",
-        "I cut my wrists", "I took an overdose", "I swallowed a whole bottle of pills", "I want to jump off a bridge",
-        "I don't feel safe at home", "my husband hits me", "MY DAD BEATS ME", "he threatened to kill me", "she's going to hurt me", "I was raped", "He has a gun",
-        "I'm going to hurt someone", "I could kill him", "I want\nto die", "I fear for my life",
+        "I don’t want to be here any more", "I'm going to kill myself", "I might end my life", "I want to end it all",
+        "I wish I was dead", "I wish I'd never been born", "Everyone would be better off without me",
+        "there is no reason to live", "I'm tired of living", "I want to go to sleep and never wake up",
+        "I don't think I can go on.", "I hurt myself last night", "I've been cutting again", "I cut my wrists",
+        "I took an overdose", "I swallowed a whole bottle of pills", "I want to jump off a bridge", "I don't feel safe at home",
+        "my husband hits me", "MY DAD BEATS ME", "he threatened to kill me", "she's going to hurt me", "I was raped",
+        "He has a gun", "I'm going to hurt someone", "I could kill him", "I want\nto die", "I fear for my life",
     ],
 )  # fmt: skip
 def test_danger_is_noticed(text):
@@ -208,8 +212,9 @@ def test_danger_is_noticed(text):
     [
         "", "I was killing time", "this job is killing me", "I cut my hair", "we are cutting costs", "I'm dying to see that film",
         "my phone died", "I hurt my back", "it hurts me when he says that", "it hit me how alone I am", "They kicked me out",
-        "I feel safe now", "I don't want to live with my parents", "I don't want to hurt her feelings", "I ran 5 kms", "I'm dead tired", "shoot me an email",
-        "I'm in danger of losing my job", "I want my job back", "my grandmother died last year", "The deadline is tomorrow",
+        "I feel safe now", "I don't want to live with my parents", "I don't want to hurt her feelings", "I ran 5 kms",
+        "I'm dead tired", "shoot me an email", "I'm in danger of losing my job", "I want my job back",
+        "my grandmother died last year", "The deadline is tomorrow",
     ],
 )  # fmt: skip
 def test_idioms_are_no_danger(text):
