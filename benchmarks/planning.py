@@ -25,7 +25,7 @@ from desc.training import take
 
 
 @dataclass
-class Config(cli.Config):
+class Config(cli.DataConfig):
     turns: int = cli.flag(60, "turns to write strategies for")
 
 

@@ -88,7 +88,7 @@ def flat_messages(system: str, history: Sequence[Turn], lines: list[tuple[str, s
 def choose(model, tokenizer, asked: list[Messages], options: Sequence[str], config, *adapters: str) -> list[dict[str, float]]:
     """The share of probability of each option as the answer to each of `asked`, all in one tree; the model with `adapters` alone.
 
-    `config` (a desc.cli.Config) says how long a prompt and how large a tree may be."""
+    `config` (a desc.cli.DataConfig) says how long a prompt and how large a tree may be."""
     items = [encode(tokenizer, f"case {i}", "", messages, list(options), config.max_length) for i, messages in enumerate(asked)]
     with adapter_only(model, *adapters):
         shares = score(model, items, config.max_tokens).exp().tolist()

@@ -71,7 +71,7 @@ def test_read_judgement(text, expected):
 def test_a_local_judgement_is_the_likeliest_label_of_each_case_alone(toy):
     model, tokenizer = toy
     cases = [CASE, Case((*CASE.history, Turn("supporter", "Oh.", "Others"), Turn("seeker", "Yes.")), "Others", "I see.")]
-    config = cli.Config(max_length=4096, max_tokens=4096)
+    config = cli.DataConfig(max_length=4096, max_tokens=4096)
     for case, judged in zip(cases, local_annotator(model, tokenizer, config)(cases)):
         alone = []
         for prompt, label in encode(tokenizer, "", "", judging_messages(case), LABELS, 4096).sequences:
@@ -197,7 +197,7 @@ def test_a_judge_behind_an_endpoint_is_read(server, said, shares):
 
 def test_the_local_judge_is_the_base_model(toy):
     """With an adapter beside it, it says what it says without."""
-    config = cli.Config(max_length=4096, max_tokens=4096)
+    config = cli.DataConfig(max_length=4096, max_tokens=4096)
     config.judge = "local"
     model, tokenizer = deepcopy(toy[0]), toy[1]
     before = rate(make_judge(config, model, tokenizer, None), DIALOGUE, ["Oh."])
