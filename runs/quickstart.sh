@@ -17,5 +17,5 @@ $python train_sft.py --task rg $small --lr 5e-4 --epochs 1 --dropout 0 --batch-s
 $python mine_preferences.py --task rg $small --train-dialogues 3 --max-new-tokens 48
 $python train_dpo.py --task rg $small --lr 2e-4 --batch-size 8 --dropout 0 --keep last
 
-$python evaluate.py --out out/quickstart --reply-dialogues 1 --max-new-tokens 48 --show 3
-echo "done in $((SECONDS - begin)) s; everything is in out/quickstart"
+$python evaluate.py --out out/quickstart --reply-dialogues 1 --max-new-tokens 48 --show 3 --seeds 3 --report out/quickstart/report.html
+echo "done in $((SECONDS - begin)) s; look at out/quickstart/report.html, and talk with it: .venv/bin/python chat.py --out out/quickstart"

@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs/install.sh
-exec .venv/bin/python -m pytest tests "$@"
+exec .venv/bin/python -m pytest -n auto --dist loadfile tests "$@"  # each file on a core
