@@ -8,12 +8,11 @@ A system is a planner (sp) and a generator (rg), which answers under the planner
 distribution over all names (--decode scored), or written freely and parsed as the paper does (--decode free; what cannot be parsed is
 dropped from B and Q, and its rate reported). Replies are written under what the first seed draws.
 
-Prints tables with 95 % intervals (bootstrap over dialogues; differences to the first system are paired). Writes OUT/eval/results.json, each
-system's answers to OUT/eval/NAME.jsonl and, where a model judges, its transcript to judgements.jsonl and its ratings to ratings.csv, in
-which people can rate, too; --correlate ratings.csv then says how far it follows them.
+Prints tables with 95 % intervals (bootstrap over dialogues; differences to the first system are paired). Writes OUT/eval/results.json
+and answers.jsonl, a line a dialogue with what each system answered and a judge was asked and said; killed and run again it goes on where
+it was. A judge's ratings lie in ratings.csv, too, in which people can rate; --correlate ratings.csv then says how far it follows them.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,14 +21,15 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from desc import DescError, __version__, agreement, cli, distributed
+from desc import __version__, agreement, cli, distributed, page
 from desc.endpoint import Endpoint
 from desc.esconv import Dialogue, load_splits
-from desc.files import read_lines, write_json, write_lines
+from desc.files import read_lines, write_json
+from desc.journal import Journal, key
 from desc.judging import make_annotator, make_judge
 from desc.lora import digest
 from desc.modeling import load
-from desc.report import frequency_row, summarise, tables
+from desc.report import FREQUENCIES, frequency_row, summarise, tables
 from desc.strategies import read_strategies
 from desc.systems import answer, criticise, find_systems, load_systems
 from desc.training import take
@@ -69,42 +69,46 @@ def main():
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     test = take(splits["test"], config.eval_dialogues)
     answered = {d.id for d in take(test, config.reply_dialogues)} if config.reply_dialogues >= 0 else set()
+    if config.report:
+        page.load_matplotlib()  # if it is missing, say so now
+    ratings = folder / "ratings.csv"
+    if config.judge != "none":
+        agreement.spare(ratings)
 
     model, tokenizer = load(config.model, config.torch_dtype, device)
     loaded = load_systems(model, systems)
     endpoint = Endpoint.of(config) if "endpoint" in (config.annotator, config.judge) else None
     annotator, judge = make_annotator(config, model, tokenizer, endpoint), make_judge(config, model, tokenizer, endpoint)
-    done, transcript = [], []
-    mine = test[distributed.rank() :: distributed.size()]
-    for d in tqdm(mine, desc="evaluate", dynamic_ncols=True, disable=distributed.rank() > 0):
-        said = {name: answer(model, tokenizer, config, modules, d, strategies, d.id in answered) for name, modules in loaded.items()}
-        transcript.append(criticise(annotator, judge, d, said))
-        done.append(said)
-    parts = distributed.collect(list(zip(done, transcript)))
+    settings = cli.telling(config, "systems", "reply_dialogues", "show", "report", "correlate")
+    settings["adapters"] = {name: {module: digest(Path(f)) or f for module, f in modules.items()} for name, modules in systems.items()}
+    settings["annotate"] = digest(Path(config.out) / "annotate" / "sft") if config.annotator == "local" else ""
+    journal = Journal(folder, "answers", settings)
+    keys = [key(dialogue, strategies, dialogue.id in answered) for dialogue in test]
+    mine = [(k, d) for k, d in zip(keys, test) if k not in journal.done][distributed.rank() :: distributed.size()]
+    for k, dialogue in tqdm(mine, desc="evaluate", dynamic_ncols=True, disable=distributed.rank() > 0):
+        reply = dialogue.id in answered
+        said = {name: answer(model, tokenizer, config, modules, dialogue, strategies, reply) for name, modules in loaded.items()}
+        transcript = criticise(annotator, judge, dialogue, said)
+        journal.append({"key": k, "dialogue": dialogue.id, "systems": said, "judgements": transcript})
+
+    distributed.barrier()
     if distributed.rank():
         return
-    whole = [parts[i % len(parts)][i // len(parts)] for i in range(len(test))]
-    answers = {name: [said[name] for said, _ in whole] for name in systems}
-    rows = summarise(answers, strategies, config)
-    facts = {"desc": __version__, "torch": torch.__version__, "transformers": transformers.__version__, **asdict(config)}
-    facts |= {"data digest": hashlib.sha256(f"{test}{strategies}".encode()).hexdigest(), "dialogues": len(test)}
-    facts["adapters"] = {name: {m: (f, digest(Path(f))) for m, f in modules.items()} for name, modules in systems.items()}
+    records = journal.finish(keys)
+    answers = {name: [record["systems"][name] for record in records] for name in systems}
+    if judge:
+        agreement.write_ratings(ratings, test, answers)
+    rows = {FREQUENCIES: frequency_row(splits["train"], test, strategies)} | summarise(answers, strategies, config)
+    facts = {"desc": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "test dialogues": len(test)}
+    facts |= {"test data": key(*keys), **asdict(config), **settings}
     write_json(folder / "results.json", {"facts": facts, "systems": rows})
-    for name, records in answers.items():
-        write_lines(folder / f"{name}.jsonl", records)
+    print(f"\n{len(test)} test dialogues of {config.data}; percent but for B, nll (nats), ratings (0 to 5) and length (words)\n\n{tables(rows)}")
     if config.report:
         logs = {f"{name} {m}": Path(f) / "metrics.jsonl" for name, modules in systems.items() for m, f in modules.items()}
-        results = {"facts": facts, "strategies": list(strategies), "systems": rows, "answers": answers, "dialogues": [asdict(d) for d in test]}
-        results["errors"] = {name: row["errors"] for name, row in rows.items() if "errors" in row}
-        results["curves"] = {name: read_lines(path) for name, path in logs.items() if path.parent.name == "dpo" and path.exists()}
-        from desc import page
-
-        page.write_page(Path(config.report), results)
-    if judge:
-        write_lines(folder / "judgements.jsonl", [line for _, lines in whole for line in lines])
-        agreement.write_ratings(folder / "ratings.csv", test, answers)
-    rows = {"training frequencies": frequency_row(splits["train"], test, strategies)} | rows
-    print(f"\n{len(test)} test dialogues of {config.data}; percent but for B, nll (nats), ratings (0 to 5) and length (words)\n\n{tables(rows)}")
+        curves = {name: read_lines(path) for name, path in logs.items() if path.parent.name == "dpo" and path.exists()}
+        results = {"facts": facts, "strategies": list(strategies), "systems": rows, "answers": answers, "curves": curves}
+        page.write_page(config.report, results | {"dialogues": [asdict(dialogue) for dialogue in test]})
+        print(f"\nthe report is {config.report}")
     show_turns(config.show, [d for d in test if d.id in answered] or test, answers)
 
 

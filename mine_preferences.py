@@ -13,8 +13,6 @@ where modules answer together). Killed and run again it goes on where it was. Te
 against the annotator.
 """
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,10 +20,10 @@ from typing import Literal
 from tqdm import tqdm
 
 from desc import DescError, agreement, cli, distributed
-from desc.checkpoint import refuse_differing
 from desc.endpoint import Endpoint
 from desc.esconv import load_splits
-from desc.files import append_line, mend, read_lines, write_json, write_lines
+from desc.files import write_json, write_lines
+from desc.journal import Journal, key
 from desc.judging import make_annotator
 from desc.lora import digest, load_adapter
 from desc.mining import ROUTINGS, Answer, account, answer_dialogue, judge, route
@@ -49,23 +47,6 @@ class MineConfig(cli.SampleConfig, cli.AskConfig, cli.TaskConfig):
     held_out: float = cli.flag(0.2, "for --agreement: the share of labelled dialogues, the last, that are used, as in train_sft.py")
 
 
-UNTOLD = ("agreement", "min_confidence", "concurrency", "timeout", "max_calls", "review", "label_map", "held_out")  # these change no answer
-
-
-def begun(folder: Path, settings: dict) -> list[dict]:
-    """What earlier runs with the same settings answered, on however many ranks: one record a dialogue.
-
-    Each rank has a journal mining.RANK.jsonl, whose first line are the settings; answers.jsonl is what a run that ended left. Raises
-    DescError naming settings in which a journal differs."""
-    done = read_lines(folder / "answers.jsonl") if (folder / "answers.jsonl").exists() else []
-    done = done[1:] if done[:1] == [settings] else []
-    for journal in sorted(folder.glob("mining.*.jsonl")):
-        before, *records = read_lines(journal) or [settings]
-        refuse_differing(journal, before, settings)
-        done += records
-    return done
-
-
 def main():
     config = cli.parse(MineConfig)
     device = distributed.setup()
@@ -76,6 +57,9 @@ def main():
         raise DescError("--routing all-to-rg makes pairs for --task rg alone")
     if config.review and (config.annotator == "none" or (config.routing, config.task) == ("released", "sp")):
         raise DescError("--review needs judged answers: give --annotator, and for sp another --routing than released")
+    review = Path(config.out) / "review.csv"
+    if config.review:
+        agreement.spare(review)
     endpoint = Endpoint.of(config) if "endpoint" in (config.annotator, config.sampler) else None
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
@@ -86,7 +70,7 @@ def main():
     model, tokenizer = load(config.model, config.torch_dtype, device) if local else (None, None)
     annotator = make_annotator(config, model, tokenizer, endpoint)
     if config.agreement:
-        return print(agreement.measure(config, splits["test"], strategies, annotator))
+        return distributed.rank() or print(agreement.measure(config, splits["test"], strategies, annotator))
     modules = ("sp", "rg") if together else (config.task,)
     if config.sampler == "local":
         for module in modules:
@@ -96,39 +80,27 @@ def main():
     else:
         sampler = EndpointSampler(endpoint, config, strategies)
 
-    folder = Path(config.out) / "mined" if together else config.folder
-    settings = {key: value for key, value in json.loads(json.dumps(asdict(config))).items() if key not in UNTOLD}
+    settings = cli.telling(config, "train_dialogues", "agreement", "min_confidence", "review", "label_map", "held_out")
     if together:
         settings |= {"task": "sp and rg", "routing": "paper"}  # all-to-rg routes the same answers otherwise
     used = (*modules * (config.sampler == "local"), *["annotate"] * (config.annotator == "local"))
     settings["adapters"] = [digest(Path(config.out) / module / "sft") for module in used]
-    settings["input"] = hashlib.sha256(f"{work}{strategies}".encode()).hexdigest()
-    for journal in folder.glob("mining.*.jsonl") if not distributed.rank() else ():
-        mend(journal)
-    distributed.barrier()
-    done = begun(folder, settings)
-    distributed.barrier()  # every rank has read the journals before any of them grows
-    seen = {(record["split"], record["dialogue"]) for record in done}
-    if seen:
-        print(f"{len(seen)} of {len(work)} dialogues are answered already in {folder}")
-    journal = folder / f"mining.{distributed.rank()}.jsonl"
-    if not journal.exists() or not journal.stat().st_size:
-        write_lines(journal, [settings])
-    mine = [(split, dialogue) for split, dialogue in work if (split, dialogue.id) not in seen][distributed.rank() :: distributed.size()]
-    for split, dialogue in tqdm(mine, desc=f"mine {config.task}", dynamic_ncols=True, disable=distributed.rank() > 0):
+    journal = Journal(Path(config.out) / "mined" if together else config.folder, "answers", settings)
+    keys = [key(split, dialogue, strategies) for split, dialogue in work]
+    left = [(k, *one) for k, one in zip(keys, work) if k not in journal.done]
+    if len(left) < len(work):
+        print(f"{len(work) - len(left)} of {len(work)} dialogues are answered already in {journal.whole.parent}")
+    mine = left[distributed.rank() :: distributed.size()]
+    for k, split, dialogue in tqdm(mine, desc=f"mine {config.task}", dynamic_ncols=True, disable=distributed.rank() > 0):
         answers = answer_dialogue(sampler, config.task, config.routing, dialogue, config.samples)
         if annotator and (together or config.task != "sp"):
             answers = judge(annotator, config.routing, dialogue, answers)
-        append_line(journal, {"split": split, "dialogue": dialogue.id, "answers": [asdict(answer) for answer in answers]})
+        journal.append({"key": k, "split": split, "dialogue": dialogue.id, "answers": [asdict(answer) for answer in answers]})
 
     distributed.barrier()
     if distributed.rank():
         return
-    answered = {(record["split"], record["dialogue"]): record for record in begun(folder, settings)}
-    records = [answered[split, dialogue.id] for split, dialogue in work]
-    write_lines(folder / "answers.jsonl", [settings, *records])
-    for journal in folder.glob("mining.*.jsonl"):
-        journal.unlink()
+    records = journal.finish(keys)
     answers = [[Answer.read(answer) for answer in record["answers"]] for record in records]
     for split, name in (("train", "pairs.jsonl"), ("valid", "pairs.valid.jsonl")):
         routed = [
@@ -136,7 +108,7 @@ def main():
             for (which, dialogue), said in zip(work, answers)
             if which == split
         ]
-        write_lines(config.folder / name, [pair.record() for _, pairs, _ in routed for pair in pairs])
+        write_lines(config.folder / name, [pair.record() for _, pairs, *_ in routed for pair in pairs])
         found = account(config.task, routed, strategies)
         if split == "train":
             write_json(config.folder / "mining.json", found)
@@ -144,7 +116,7 @@ def main():
     cli.save_config(config, config.folder)
     if config.review:
         reviewed = [(dialogue, answer) for (_, dialogue), said in zip(work, answers) for answer in said]
-        agreement.write_review(Path(config.out) / "review.csv", reviewed, config.review, config.seed)
+        agreement.write_review(review, reviewed, config.review, config.seed)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def read_labels(path: str | Path, dialogues: list[Dialogue], strategies: Strateg
         raise DescError(f"{path}: cannot be read ({error})") from None
     if not isinstance(known, dict) or not all(isinstance(record, dict) for record in records):
         raise DescError(f"{path if isinstance(known, dict) else label_map}: should hold JSON objects")
+    if odd := [label for label in known.values() if label not in (*LABELS, None)]:
+        raise DescError(f"{label_map}: {odd[0]!r} is no label; there are {', '.join(LABELS)}, and null to leave a row out")
     known |= {label: label for label in LABELS}
     published = bool(records) and "user_input" in records[0]
     turns = find_turns([record.get("user_input") or "" for record in records], dialogues) if published else [None] * len(records)
@@ -141,10 +144,20 @@ def write_table(path: Path, rows: list[Sequence]) -> None:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV in UTF-8, with commas or, as some countries' spreadsheets save it, semicolons."""
     try:
-        return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DescError(f"{path}: cannot be read as UTF-8 ({error})") from None
+        text = path.read_text(encoding="utf-8-sig")
+        head = text.partition("\n")[0]
+        return list(csv.DictReader(io.StringIO(text), delimiter=max(",;", key=head.count)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DescError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
+
+
+def spare(path: Path) -> None:
+    """Raises DescError where the file holds what people wrote: a new one must not take its place."""
+    rows = read_table(path) if path.exists() else []
+    if any(cell for row in rows for column, cell in row.items() if column and (column == "label" or column.endswith(" human"))):
+        raise DescError(f"{path} holds people's labels: move it away first")
 
 
 def key_of(path: Path) -> Path:
@@ -163,7 +176,7 @@ def read_review(path: str | Path) -> tuple[list[str], list[str], list[str]]:
         if label not in LABELS or number not in keys:
             wrong = f"is labelled {label!r}; labels are {', '.join(LABELS)}" if number in keys else f"is not in {key_of(Path(path))}"
             raise DescError(f"{path}: number {number} {wrong}")
-        people.append(label), annotator.append(keys[number]["annotator"]), dialogues.append(keys[number]["dialogue"])
+        people.append(label), annotator.append(keys[number].get("annotator")), dialogues.append(keys[number].get("dialogue"))
     if not people:
         raise DescError(f"{path}: no row has a label yet")
     return people, annotator, dialogues
@@ -226,13 +239,13 @@ def correlate(path: str | Path, seed: int = 0) -> str:
     rows, lines = read_table(Path(path)), [["rubric", "replies", "Spearman", "Kendall"]]
     for rubric in [column.removesuffix(" judge") for column in (rows[0] if rows else ()) if column and column.endswith(" judge")]:
         both: dict[str, list[tuple[float, float]]] = {}
-        for number, row in enumerate(rows, 2):
+        for number, row in enumerate(rows, 1):
             cells = [row[f"{rubric} judge"], row.get(f"{rubric} human")]
-            try:
-                if all(cells):
-                    both.setdefault(row.get("dialogue") or str(number), []).append(tuple(float(cell.replace(",", ".")) for cell in cells))
-            except ValueError:
-                raise DescError(f"{path}: line {number}: {rubric} should be two numbers, not {cells[0]!r} and {cells[1]!r}") from None
+            if not all(cells):
+                continue
+            if not all(re.fullmatch(r"\s*\d+([.,]\d+)?\s*", cell) for cell in cells):
+                raise DescError(f"{path}: row {number}: {rubric} should be two numbers, not {cells[0]!r} and {cells[1]!r}")
+            both.setdefault(row.get("dialogue") or str(number), []).append(tuple(float(cell.replace(",", ".")) for cell in cells))
         groups, cells = list(both.values()), []
         if not groups:
             continue

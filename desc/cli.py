@@ -114,7 +114,7 @@ RANGES = dict.fromkeys(["batch_size", "epochs", "rank", "max_length", "max_token
 RANGES |= dict.fromkeys(["train_dialogues", "eval_dialogues", "eval_pairs", "eval_every", "save_every", "plan", "show"], (0, math.inf))
 RANGES |= {"reply_dialogues": (-1, math.inf), "lr": (0, math.inf), "temperature": (0, math.inf), "top_p": (1e-6, 1)}
 RANGES |= dict.fromkeys(["samples", "seeds", "concurrency", "timeout"], (1, math.inf)) | dict.fromkeys(["max_calls", "review"], (0, math.inf))
-RANGES |= dict.fromkeys(["min_confidence", "held_out"], (0, 1))
+RANGES |= dict.fromkeys(["seed"], (0, 2**32 - 1)) | dict.fromkeys(["min_confidence", "held_out"], (0, 1))
 RANGES |= {"dropout": (0, 0.99), "warmup": (0, 1), "label_smoothing": (0, 0.5)}
 
 
@@ -129,6 +129,12 @@ def parse(kind):
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise DescError(f"--{name.replace('_', '-')} {getattr(config, name)}: should be {allowed}")
     return config
+
+
+def telling(config, *silent: str) -> dict:
+    """The flags that change what a model says: all but those that never do, and `silent`."""
+    silent += ("out", "max_tokens", "eval_dialogues", "endpoint", "concurrency", "timeout", "max_calls")
+    return {name: value for name, value in asdict(config).items() if name not in silent}
 
 
 def find_adapter(folder: Path, otherwise: str | None) -> bool:
@@ -177,7 +183,8 @@ def run(main) -> None:
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)  # at once: an orderly end would wait for calls to an endpoint
     except Exception:
         if distributed.size() == 1:
             raise

@@ -6,6 +6,7 @@ four rubrics (data/judge.json). The words are our own.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 # Chat templates' own marks ("<|im_end|>", "</s>", "[INST]"): in JSON they may as well be written as escapes.
-MARK = re.compile(r"<(?=[|/A-Za-z])|\[(?=/?[A-Z_]+\])")
+MARK = re.compile(r"<(?=[|｜/A-Za-z])|\[(?=/?[A-Z_]+\])")
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,14 @@ def endpoint_annotator(endpoint: Endpoint) -> Annotator:
 
 def read_judgement(text: str) -> Judgement:
     """The judgement in what a model wrote: the first JSON object, whatever stands around it, or a bare label."""
-    found = re.search(r"\{.*\}", text, re.DOTALL)
+    begin = text.find("{")
     try:
-        answer = json.loads(found.group()) if found else {"error": text.strip(" .\"'\n")}
+        answer = json.JSONDecoder().raw_decode(text, begin)[0] if begin >= 0 else {"error": text.strip(" .\"'\n")}
         error = str(answer["error"]).strip().casefold()
         confidence = min(max(float(answer.get("confidence", 1.0)), 0.0), 1.0)
     except (ValueError, KeyError, TypeError):
         return Judgement(UNREADABLE, 0.0, text)
-    if error not in LABELS:
+    if error not in LABELS or math.isnan(confidence):
         return Judgement(UNREADABLE, 0.0, text)
     return Judgement(error, confidence, str(answer.get("explanation", "")))
 
@@ -156,8 +157,11 @@ def make_judge(config, model, tokenizer, endpoint: Endpoint | None) -> Judge | N
 
     def remote(asked: list[Messages], options: Sequence[str]):
         texts = endpoint.ask_all(asked, "judge", 0, temperature=0.0, max_tokens=16)
-        found = [re.search(rf"\b(?:{'|'.join(options)})\b", text) for text in texts]
-        return [({option.group(): 1.0} if option else {}, text) for option, text in zip(found, texts)]
+        # The option alone, or little around it ("**4**", "Score: 4/5", "tie."): in a longer text a digit or an "A" may mean anything.
+        found = [re.fullmatch(r"\W*(?:(?:answer|score|rating)\W+)?(\w+)(?:/5)?\W*", text, re.IGNORECASE) for text in texts]
+        known = {option.casefold(): option for option in options}
+        read = [known.get(match.group(1).casefold()) if match else None for match in found]
+        return [({option: 1.0} if option else {}, text) for option, text in zip(read, texts)]
 
     return {"none": None, "local": local, "endpoint": remote}[config.judge]
 

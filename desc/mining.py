@@ -121,7 +121,7 @@ def judge(annotator: Annotator, routing: str, dialogue: Dialogue, answers: list[
 def find_error(task: str, routing: str, gold: Turn, answer: Answer, least: float = 0.0) -> tuple[str | None, str]:
     """(what is wrong with an answer, ""), or (None, why it makes no pair). `least` is the confidence that a judgement must have.
 
-    released   sp: another strategy than the human's. rg, vanilla: the annotator finds fault with the answer and none with the human's;
+    released   sp: another strategy than the human's. rg, vanilla: the annotator finds fault with the answer, and with the human's reply none;
                without an annotator any reply that differs from the human's is taken to be worse, "unjudged".
     paper      what the annotator says decides: a strategy mismatch is the planner's fault, the errors of replies are the generator's.
     all-to-rg  the ablation: a mismatch is the generator's fault too."""
@@ -131,23 +131,26 @@ def find_error(task: str, routing: str, gold: Turn, answer: Answer, least: float
         return None, "the human answer"
     if routing == "released" and (task == "sp" or answer.judged is None):
         return (MISMATCH if task != "rg" and answer.strategy != gold.strategy else "unjudged"), ""
+    if answer.judged is None:
+        return None, "empty or unreadable answer"
     error = answer.judged.error
     if error in ("none", UNREADABLE) or answer.judged.confidence < least:
         return None, {"none": "nothing wrong", UNREADABLE: "unreadable judgement"}.get(error, "unsure judgement")
     if error not in FAULTS[task] and not (routing == "all-to-rg" and error == MISMATCH):
         return None, f"not this module's fault: {error}"
-    if answer.human and answer.human.error in OF_REPLIES:
-        return None, "fault in the human answer"
+    if answer.human and answer.human.error in (*OF_REPLIES, UNREADABLE):
+        return None, "no sound human answer"
     return error, ""
 
 
 def route(
     task: str, routing: str, dialogue: Dialogue, answers: list[Answer], strategies: Strategies, least: float = 0.0
-) -> tuple[list[Pair], Counter]:
-    """The pairs of one dialogue, chosen the human answer, rejected the modules'; and how many answers made none, by reason.
+) -> tuple[list[Pair], list[str], Counter]:
+    """The pairs of one dialogue, chosen the human answer, rejected the modules'; the strategies of the rejected; and how many answers
+    made none, by reason.
 
     A pair's prompt for rg names the human strategy, which the chosen reply follows."""
-    pairs, dropped, seen = [], Counter(), set()
+    pairs, planned, dropped, seen = [], [], Counter(), set()
     for answer in answers:
         gold = dialogue.supporter(answer.turn)
         error, reason = find_error(task, routing, gold, answer, least)
@@ -164,19 +167,18 @@ def route(
         prompt = build_messages(task, dialogue, answer.turn, gold.strategy, strategies)
         chosen = build_completion(task, gold.strategy, gold.text)
         pairs.append(Pair(name, task, dialogue.id, answer.turn, gold.strategy, error, prompt, chosen, rejected))
-    return pairs, dropped
+        planned.append(answer.strategy)
+    return pairs, planned, dropped
 
 
-def account(task: str, routed: Iterable[tuple[list[Answer], list[Pair], Counter]], strategies: Strategies) -> dict:
-    """What was found, kept and dropped over dialogues, each (its answers, its pairs, why answers made none), and what looks wrong:
-    too much of one strategy, or too few template responses, are how the paper says that mining fails."""
-    answers, pairs, dropped = [], [], Counter()
-    for said, kept, reasons in routed:
-        answers, pairs, dropped = answers + said, pairs + kept, dropped + reasons
-
-    def rejected(pair: Pair) -> str | None:
-        return {"sp": pair.rejected, "rg": pair.strategy, "vanilla": strategies.split_tag(pair.rejected)[0]}[task]
-
+def account(
+    task: str, routed: Iterable[tuple[list[Answer], list[Pair], list[str], Counter]], strategies: Strategies
+) -> dict:
+    """What was found, kept and dropped over dialogues, each its answers and what `route` makes of them, and what looks wrong: too much
+    of one strategy, or too few template responses, are how the paper says that mining fails."""
+    answers, pairs, rejected, dropped = [], [], [], Counter()
+    for said, kept, planned, reasons in routed:
+        answers, pairs, rejected, dropped = answers + said, pairs + kept, rejected + planned, dropped + reasons
     found = {
         "answers": len(answers),
         "judged": Counter(a.judged.error for a in answers if a.judged),
@@ -184,7 +186,7 @@ def account(task: str, routed: Iterable[tuple[list[Answer], list[Pair], Counter]
         "kept": Counter(pair.error for pair in pairs),
         "dropped": dropped,
         "chosen strategies": {name: sum(pair.strategy == name for pair in pairs) for name in strategies},
-        "rejected strategies": {name: sum(rejected(pair) == name for pair in pairs) for name in strategies},
+        "rejected strategies": {name: rejected.count(name) for name in strategies},
         "warnings": [],
     }
     for side in ("chosen strategies", "rejected strategies"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from desc.figures import curves, phases
+from desc.figures import curves, load_matplotlib, phases  # noqa: F401  the script asks for matplotlib in time
 from desc.files import write_bytes
 from desc.report import PLAN, TEXT
 

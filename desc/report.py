@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from desc.esconv import Dialogue
-from desc.judging import RUBRICS
+from desc.judging import RUBRICS, UNREADABLE
 from desc.metrics import bias_of_confusion, calibration_counts, calibration_error, confusion, corpus_scores, expected_confusion
 from desc.metrics import interval, near_copies, negative_log_likelihood, resample, scores_of_confusion, self_repetition, top_hits
 from desc.metrics import turn_scores, words
@@ -15,53 +15,33 @@ from desc.strategies import Strategies
 
 PLAN = ("accuracy", "greedy", "top-2", "top-3", "Q", "Q_W", "B", "B greedy", "B expected", "nll", "ece", "invalid")
 TEXT = ("distinct-1", "bleu-1", "f1", "rouge-l", "length", "self-repetition", "near-copies", "corpus distinct-1", "corpus bleu-4", "faultless")
-JUDGED = (*RUBRICS, *(f"{rubric} wins" for rubric in RUBRICS), "first shown")
-EACH = tuple(turn_scores([], []))
+FREQUENCIES = "training frequencies"  # the row of a planner that knows nothing of the context
+JUDGED = (*RUBRICS, *(f"{rubric} wins" for rubric in RUBRICS), "ties", "first shown", "unreadable")
 
 
-def count_dialogue(record: dict, strategies: Strategies, config) -> dict[str, np.ndarray]:
-    """What a system's scores are computed from, of one dialogue: counts and sums, to be added up over dialogues.
+def count_plans(record: dict, strategies: Strategies, config) -> dict[str, np.ndarray]:
+    """Of one dialogue, what a planner's scores are computed from: counts and sums, to be added up over dialogues.
 
     `config` (a desc.cli.SampleConfig) says how strategies are sampled, for the expected confusion matrix."""
     gold, turns, size = record["gold"], len(record["gold"]), len(strategies)
     parsed = [[(g, p) for g, p in zip(gold, drawn) if p] for drawn in record["predicted"]]
     sums = {"turns": np.array(float(turns))}
     sums["sampled"] = np.stack([confusion(*zip(*pairs), strategies) if pairs else np.zeros((size, size)) for pairs in parsed])
-    if logps := record["logps"]:
-        logps = np.array(logps)
+    if record["logps"]:
+        logps = np.array(record["logps"])
         sums["greedy"] = confusion(gold, [strategies.names[i] for i in logps.argmax(1)], strategies)
         probabilities = temper(torch.from_numpy(logps), config.temperature, config.top_p).numpy()
         sums["expected"] = expected_confusion(probabilities, gold, strategies)
         sums["nll"] = np.array(turns * negative_log_likelihood(logps, gold, strategies))
         sums["top"] = np.array([top_hits(logps, gold, k, strategies) for k in (2, 3)])
         sums["calibration"] = calibration_counts(logps, gold, strategies)
-    each = [list(turn_scores(words(human), words(reply)).values()) for human, reply in zip(record["human"], record["replies"])]
-    sums["text"] = np.sum([[1, *row] for row in each], axis=0) if each else np.zeros(1 + len(EACH))
-    sums["trigrams"] = np.array(self_repetition(record["replies"]), float)
-    errors = record.get("errors", [])
-    sums["errors"] = np.array([errors.count("none"), len(errors)], float)
-    ratings = [[turn[rubric] for turn in record.get("ratings", []) if turn[rubric] is not None] for rubric in RUBRICS]
-    sums["ratings"] = np.array([(sum(found), len(found)) for found in ratings], float)
-    verdicts = [[turn[rubric] for turn in record.get("verdicts", [])] for rubric in RUBRICS]
-    sums["wins"] = np.array([(sum(map(won, found)), len(found)) for found in verdicts], float)
-    places = [place for found in verdicts for both in found for place in zip(both, ("ours", "theirs")) if place[0] in ("ours", "theirs")]
-    sums["places"] = np.array([sum(said == first for said, first in places), len(places)], float)
     return sums
 
 
-def won(verdicts: list[str | None]) -> float:
-    """1, ½ or 0: a reply wins where it is called better in either place; anything else is a tie."""
-    return {("ours", "ours"): 1.0, ("theirs", "theirs"): 0.0}.get(tuple(verdicts), 0.5)
-
-
-def score_sums(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns of a table from count_dialogue's sums, all with leading dimensions (…); percent but for B, nll, ratings and length.
+def score_plans(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A planner's columns from count_plans' sums, all with leading dimensions (…); percent but for B and nll.
 
     What several seeds drew is scored apart, and the mean given: the scores of one draw, without the luck of it."""
-
-    def share(key: str, at=...) -> np.ndarray:
-        return sums[key][..., 0][at] / np.maximum(sums[key][..., 1][at], 1e-12)
-
     scores, turns = scores_of_confusion(sums["sampled"]), sums["turns"]
     found = {"accuracy": 100 * scores.accuracy.mean(-1), "Q": 100 * scores.macro_f1.mean(-1), "Q_W": 100 * scores.weighted_f1.mean(-1)}
     found["B"] = bias_of_confusion(sums["sampled"]).bias.mean(-1)
@@ -71,40 +51,63 @@ def score_sums(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found |= {f"top-{k}": 100 * sums["top"][..., i] / turns for i, k in enumerate((2, 3))}
         found |= {f"B {kind}": bias_of_confusion(sums[kind]).bias for kind in ("greedy", "expected")}
         found |= {"nll": sums["nll"] / turns, "ece": 100 * calibration_error(sums["calibration"])}
-    if sums["text"][..., 0].any():
-        means = sums["text"][..., 1:] / np.maximum(sums["text"][..., :1], 1e-12)
-        found |= {name: means[..., i] * (1 if name == "length" else 100) for i, name in enumerate(EACH)}
-        found["self-repetition"] = 100 * share("trigrams")
-    if sums["errors"].any():
-        found["faultless"] = 100 * share("errors")
-    if sums["ratings"].any():
-        found |= {rubric: share("ratings", (..., i)) for i, rubric in enumerate(RUBRICS)}
-    if sums["wins"][..., 1].any():
-        found |= {f"{rubric} wins": 100 * share("wins", (..., i)) for i, rubric in enumerate(RUBRICS)}
-        found["first shown"] = 100 * share("places")
     return found
+
+
+def count_replies(record: dict) -> dict[str, np.ndarray]:
+    """Of one dialogue, each column of its replies, of what the annotator found in them and of the judge's word: (sum, number)."""
+    pairs = zip(record["human"], record["replies"], strict=True)
+    each = [turn_scores(words(human), words(reply)) for human, reply in pairs]
+    found = {name: [scores[name] * (1 if name == "length" else 100) for scores in each] for name in each[0]}
+    errors, ratings, verdicts = (record.get(kind, []) for kind in ("errors", "ratings", "verdicts"))
+    found["faultless"] = [100 * (error == "none") for error in errors if error != UNREADABLE]
+    points = {rubric: [won(turn[rubric]) for turn in verdicts] for rubric in RUBRICS}
+    for rubric in RUBRICS:
+        found[rubric] = [turn[rubric] for turn in ratings if turn[rubric] is not None]
+        found[f"{rubric} wins"] = [100 * p for p in points[rubric] if p is not None]
+    found["ties"] = [100 * (p == 0.5) for ps in points.values() for p in ps if p is not None]
+    places = [place for turn in verdicts for both in turn.values() for place in zip(both, ("ours", "theirs"))]
+    found["first shown"] = [100 * (said == first) for said, first in places if said in ("ours", "theirs")]
+    said = [*errors, *(rating for turn in ratings for rating in turn.values()), *(said for said, _ in places)]
+    found["unreadable"] = [100 * (word in (None, UNREADABLE)) for word in said]
+    sums = {column: np.array([sum(values), len(values)], float) for column, values in found.items()}
+    return sums | {"self-repetition": np.array([100, 1]) * self_repetition(record["replies"])}
+
+
+def won(verdicts: list[str | None]) -> float | None:
+    """1, ½ or 0: a reply wins where it is called better in either place; None where a verdict could not be read."""
+    return None if None in verdicts else {("ours", "ours"): 1.0, ("theirs", "theirs"): 0.0}.get(tuple(verdicts), 0.5)
+
+
+def score_replies(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of which there is something, from count_replies' sums."""
+    return {column: pair[..., 0] / np.maximum(pair[..., 1], 1e-12) for column, pair in sums.items() if pair[..., 1].any()}
 
 
 def summarise(systems: dict[str, list[dict]], strategies: Strategies, config) -> dict[str, dict]:
     """A row a system: its scores by column, "COLUMN interval" of 95 % and, after the first system, "COLUMN difference" to the first: the
     difference and its interval, paired by dialogue; what single strategies and seeds did; and scores of all replies together."""
-    rows, first = {}, None
+    rows, first = {}, {}
     for name, records in systems.items():
-        counted = [count_dialogue(record, strategies, config) for record in records]
-        sums = {key: sum(one[key] for one in counted) for key in counted[0]}
-        whole = score_sums(sums)
-        drawn = score_sums({key: resample([one[key] for one in counted], seed=config.seed) for key in counted[0]})
-        row = {"turns": int(sums["turns"]), "replies": int(sums["text"][0])}
-        for column, value in whole.items():
-            row |= {column: float(value), f"{column} interval": interval(drawn[column])}
-            if first and column in first[0]:
-                row[f"{column} difference"] = (float(value - first[0][column]), *interval(drawn[column] - first[1][column]))
-        first = first or (whole, drawn)
-        row |= by_strategy(sums["sampled"], strategies)
-        if found := Counter(error for record in records for error in record.get("errors", [])):
+        answered = [record for record in records if record["replies"]]
+        row = {"turns": sum(len(r["gold"]) for r in records), "replies": sum(len(r["replies"]) for r in answered)}
+        plans = [count_plans(record, strategies, config) for record in records]
+        for counted, score in ((plans, score_plans), ([count_replies(record) for record in answered], score_replies)):
+            if not counted:
+                continue
+            whole = score({key: sum(one[key] for one in counted) for key in counted[0]})
+            drawn = score({key: resample([one[key] for one in counted], seed=config.seed) for key in counted[0]})
+            for column, value in whole.items():
+                row |= {column: float(value), f"{column} interval": interval(drawn[column])}
+                if column in first:
+                    row[f"{column} difference"] = (float(value - first[column][0]), *interval(drawn[column] - first[column][1]))
+                elif not rows:
+                    first[column] = value, drawn[column]
+        row |= by_strategy(sum(one["sampled"] for one in plans), strategies)
+        if found := Counter(error for record in answered for error in record.get("errors", [])):
             row["errors"] = found
-        if row["replies"]:
-            replies, human = ([text for r in records if r["replies"] for text in r[side]] for side in ("replies", "human"))
+        if answered:
+            replies, human = ([text for record in answered for text in record[side]] for side in ("replies", "human"))
             row |= corpus_scores(human, replies) | {"near-copies": 100 * near_copies(replies)}
         rows[name] = row
     return rows
@@ -170,7 +173,7 @@ def cell(row: dict, column: str) -> str:
         return ""
     digits = decimals(column)
     text = f"{row[column]:.{digits}f}"
-    if column not in ("Q", "B", *JUDGED) or f"{column} interval" not in row:
+    if column not in ("Q", "B", "faultless", *JUDGED[:-3]) or f"{column} interval" not in row:
         return text
     low, high = row[f"{column} interval"]
     return f"{text} ({low:.{min(digits, 2)}f}–{high:.{min(digits, 2)}f})"

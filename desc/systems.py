@@ -1,6 +1,5 @@
 """Systems: a planner and a generator, or one model for both, each with its adapter, and what they answer."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from desc import DescError, cli
 from desc.esconv import Dialogue
 from desc.judging import Annotator, Case, Judge, contest, rate
 from desc.lora import adapter_only, digest, load_adapter
+from desc.report import FREQUENCIES
 from desc.sampling import draw_strategies, score_strategies, write_dialogue
 from desc.strategies import Strategies
 
@@ -19,11 +19,12 @@ def find_systems(config) -> dict[str, dict[str, str]]:
     systems = {}
     for text in config.systems:
         name, _, rest = text.partition("=")
-        systems[name] = dict(part.partition(":")[::2] for part in rest.split(","))
-        if set(systems[name]) not in ({"sp"}, {"sp", "rg"}, {"vanilla"}) or not all(systems[name].values()) or not re.fullmatch(r"[\w.+ -]+", name):
+        modules = dict(sorted((part.partition(":")[::2] for part in rest.split(",")), reverse=True))  # sp before rg
+        systems[name] = modules
+        if rest.count(",") + 1 > len(modules) or tuple(modules) not in (("sp",), ("sp", "rg"), ("vanilla",)) or not all((name, *modules.values())):
             raise DescError(f"--systems {text}: should be NAME=sp:ADAPTER,rg:ADAPTER, NAME=sp:ADAPTER or NAME=vanilla:ADAPTER")
-    if len(systems) < len(config.systems):
-        raise DescError("--systems: two have the same name")
+    if len(systems) < len(config.systems) or FREQUENCIES in systems:
+        raise DescError(f"--systems: two have the same name, or one that of {FREQUENCIES!r}")
     for kind in (("sp",) if config.reply_dialogues < 0 else ("sp", "rg"), ("vanilla",)):
         for stage in ("sft", "dpo") if not config.systems else ():
             found = {module: str(Path(config.out) / module / stage) for module in kind}
@@ -64,16 +65,15 @@ def answer(model, tokenizer, config, modules: dict, dialogue: Dialogue, strategi
     """What one system says at every turn of a dialogue."""
     (planner, adapter), (generator, voice) = list(modules.items())[0], list(modules.items())[-1]
     logps, predicted, written = plan(model, tokenizer, config, planner, adapter, dialogue, strategies)
-    replies = []
-    if reply and generator != "sp":
-        replies = [strategies.split_tag(text)[1] for text in written] if generator == "vanilla" else []
-        if not replies:
-            followed = [(turn, name or strategies.names[-1]) for turn, name in enumerate(predicted[0])]  # rg must be told something
-            with adapter_only(model, voice):
-                replies = write_dialogue(model, tokenizer, config, generator, dialogue, followed, strategies)
+    replies, followed = [], [name or strategies.names[-1] for name in predicted[0]]  # a generator must be told something
+    if reply and generator == "vanilla" and written:
+        replies, followed = [strategies.split_tag(text)[1] for text in written], [name or "none" for name in predicted[0]]
+    elif reply and generator != "sp":
+        with adapter_only(model, voice):
+            replies = write_dialogue(model, tokenizer, config, generator, dialogue, list(enumerate(followed)), strategies)
     human = dialogue.turns[1::2]
     said = {"dialogue": dialogue.id, "gold": [turn.strategy for turn in human], "predicted": predicted, "logps": logps}
-    return said | {"human": [turn.text for turn in human], "replies": replies}
+    return said | {"human": [turn.text for turn in human], "replies": replies, "followed": followed}
 
 
 def criticise(annotator: Annotator | None, judge: Judge | None, dialogue: Dialogue, said: dict[str, dict]) -> list[dict]:
@@ -82,13 +82,12 @@ def criticise(annotator: Annotator | None, judge: Judge | None, dialogue: Dialog
     for name, record in said.items():
         replies = record["replies"]
         if annotator and replies:
-            planned = [strategy or "none" for strategy in record["predicted"][0]]
-            cases = [Case(dialogue.turns[: 2 * turn + 1], planned[turn], replies[turn]) for turn in range(len(replies))]
+            cases = [Case(dialogue.turns[: 2 * turn + 1], record["followed"][turn], reply) for turn, reply in enumerate(replies)]
             record["errors"] = [judged.error for judged in annotator(cases)]
         if judge and replies:
             record["ratings"], lines = rate(judge, dialogue, replies)
-            transcript += [{"system": name, "dialogue": dialogue.id, **line} for line in lines]
+            transcript += [{"system": name, **line} for line in lines]
             if name != first and said[first]["replies"]:
                 record["verdicts"], lines = contest(judge, dialogue, replies, said[first]["replies"])
-                transcript += [{"system": name, "against": first, "dialogue": dialogue.id, **line} for line in lines]
+                transcript += [{"system": name, "against": first, **line} for line in lines]
     return transcript

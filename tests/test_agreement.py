@@ -139,7 +139,7 @@ def test_ratings_come_back_with_peoples_and_are_correlated(tmp_path):
     assert "| empathy | 6 | 0.943 (" in said and "| 0.867 (" in said and "fluency" not in said
 
 
-@pytest.mark.parametrize("text, says", [("a judge,a human\n1,\n", "no row has both"), ("a judge,a human\n1,good\n", "line 2: a should be two numbers"), ("", "no row")])
+@pytest.mark.parametrize("text, says", [("a judge,a human\n1,\n", "no row has both"), ("a judge,a human\n1,good\n", "row 1: a should be two numbers"), ("", "no row")])
 def test_ratings_that_cannot_be_correlated_are_told(tmp_path, text, says):
     (tmp_path / "r.csv").write_text(text)
     with pytest.raises(DescError, match=says):

@@ -78,7 +78,7 @@ def test_ranks_do_what_one_process_does(single, tmp_path, ranks, more):
         del ours["time"], theirs["time"]
         ours.pop("nodes", None), theirs.pop("nodes", None)  # the empty forests of idle ranks count
         assert ours == pytest.approx(theirs, abs=2e-3, rel=1e-3)
-    predicted = [[r["predicted"] for r in lines(folder / "eval" / "dpo.jsonl")] for folder in (single, out)]
+    predicted = [[r["systems"]["dpo"]["predicted"] for r in lines(folder / "eval" / "answers.jsonl")[1:]] for folder in (single, out)]
     assert predicted[0] == predicted[1]
 
 

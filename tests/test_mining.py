@@ -52,6 +52,12 @@ class Unsure:
         return [f"{turn} {strategy}" for turn, strategy in planned]
 
 
+@pytest.mark.parametrize("task", ["sp", "rg", "vanilla"])
+def test_an_answer_that_nobody_judged_makes_no_pair(task):
+    (answer,) = judge(None, "paper", Dialogue("7", (Turn("seeker", "Hi"), GOLD)), [Answer(0, "Others", "")])  # the generator ended at once
+    assert find_error(task, "paper", GOLD, answer) == (None, "empty or unreadable answer")
+
+
 @pytest.mark.parametrize("routing, reply", [("paper", "1 Question"), ("released", "")])
 def test_what_names_no_strategy_is_kept_and_makes_no_pair(routing, reply):
     turns = (Turn("seeker", "Hi"), GOLD) * 2
@@ -82,7 +88,7 @@ def test_the_annotators_word_routes_an_answer(said, sp, rg, vanilla, all_to_rg, 
         assert (error or reason).startswith(expected) and bool(error) is (expected == said)
     assert find_error("sp", "released", GOLD, answer) == ("strategy mismatch", "")  # which asks no annotator
     if released == said:
-        assert find_error("rg", "released", GOLD, replace(answer, human=judged("template response")))[1] == "fault in the human answer"
+        assert find_error("rg", "released", GOLD, replace(answer, human=judged("template response")))[1] == "no sound human answer"
         assert find_error("rg", "released", GOLD, replace(answer, human=judged("none")))[0] == said
         assert find_error("rg", "released", GOLD, answer, least=0.81)[1] == "unsure judgement"
         assert find_error("rg", "released", GOLD, answer, least=0.8)[0] == said
@@ -95,7 +101,7 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
     answers = [Answer(0, "Others", "Hm.", judged("template response")), Answer(0, "Others", "Hm  .", judged("template response"))]
     answers += [Answer(0, "Others", "Hm.\n", judged("template response")), Answer(0, "Question", "Why?", judged("none"))]
     answers += [Answer(1, "Others", "Hm.", judged("lack of empathy"))]
-    pairs, dropped = route("rg", "paper", DIALOGUE, answers, ESCONV)
+    pairs, planned, dropped = route("rg", "paper", DIALOGUE, answers, ESCONV)
     assert [(p.id, p.error, p.rejected) for p in pairs] == [
         ("rg/7/0", "template response", "Hm."),
         ("rg/7/0/1", "template response", "Hm  ."),
@@ -104,11 +110,12 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
     assert dropped == {"repeated": 1, "nothing wrong": 1}
     assert [p.chosen for p in pairs] == ["How are you?", "How are you?", "Oh no."]
     assert "Reflection of feelings" in pairs[2].prompt[0]["content"].rpartition("is: ")[2]  # the human strategy, which chosen follows
-    found = account("rg", [(answers, pairs, dropped)], ESCONV)
+    found = account("rg", [(answers, pairs, planned, dropped)], ESCONV)
     assert found["answers"] == len(pairs) + sum(dropped.values()) == 5
     assert found["judged"] == {"template response": 3, "none": 1, "lack of empathy": 1}
-    assert found["chosen strategies"]["Question"] == 2 and found["warnings"] == []
-    many = account("rg", [([replace(a, judged=judged("lack of empathy")) for a in answers[:1]] * 20, pairs[2:] * 20, Counter())], ESCONV)
+    assert found["chosen strategies"]["Question"] == 2 and found["rejected strategies"]["Others"] == 3 and found["warnings"] == []
+    alike = [replace(a, judged=judged("lack of empathy")) for a in answers[:1]] * 20
+    many = account("rg", [(alike, pairs[2:] * 20, ["Others"] * 20, Counter())], ESCONV)
     assert len(many["warnings"]) == 3  # one strategy on both sides, no template response
 
 

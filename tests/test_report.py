@@ -31,9 +31,8 @@ def test_a_planners_row_by_hand():
     assert row["nll"] == pytest.approx(-np.log([0.8, 0.4, 0.9, 0.9]).mean())
     assert np.array(row["confusion"]) == pytest.approx(np.array([[0.5, 1.5], [0.5, 1.5]]))
     assert row["precision"] == pytest.approx({"a": 0.25, "b": 0.75}) and row["recall"] == pytest.approx({"a": 0.5, "b": 0.5})
-    expected = np.array([[0.8, 0.8], [0.2, 2.2]])  # [predicted][gold]: a where gold is b 0.6 + 0.1 + 0.1 times
-    strengths = 2 * np.array([0.8, 0.2])  # p_a / p_b = 0.8 / 0.2, summing to 2
-    assert row["B expected"] == pytest.approx(strengths.std()) and expected[0, 1] / expected[1, 0] == pytest.approx(4)
+    # a where gold is b 0.6 + 0.1 + 0.1 times, b where gold is a 0.2 times: p = (1.6, 0.4), which differ from 1 by 0.6
+    assert row["B expected"] == pytest.approx(0.6)
     assert row["ece"] == pytest.approx(100 * (abs(0.8 - 1) + abs(0.6 - 0) + abs(1.8 - 2)) / 4)
 
 
@@ -66,6 +65,20 @@ def test_replies_are_scored_where_there_are_some():
     assert row["near-copies"] == row["self-repetition"] == 0
 
 
+def test_dialogues_without_replies_do_not_widen_the_interval_of_replies():
+    answered = [record("a", ["a"], replies=["Oh no."], human=["Oh no."])] * 3
+    row = summarise({"x": answered + [record("a", ["a"])] * 100}, AB, CONFIG)["x"]
+    assert row["f1"] == 100 and row["f1 interval"] == (100, 100)
+
+
+def test_what_a_judge_did_not_say_readably_is_no_score():
+    rating, verdict = dict.fromkeys(RUBRICS), dict.fromkeys(RUBRICS, [None, "tie"])
+    said = record("a", ["a"], replies=["x"], ratings=[rating], verdicts=[verdict], errors=["unreadable"])
+    row = summarise({"x": [said]}, AB, CONFIG)["x"]
+    assert not {"empathy", "empathy wins", "ties", "first shown", "faultless"} & row.keys()
+    assert row["unreadable"] == pytest.approx(100 * (4 + 4 + 1) / (4 + 8 + 1)) and row["errors"] == {"unreadable": 1}
+
+
 def test_ratings_wins_and_errors_by_hand():
     rating = dict.fromkeys(RUBRICS, 4.0)
     verdict = dict.fromkeys(RUBRICS, ["ours", "ours"])
@@ -77,10 +90,11 @@ def test_ratings_wins_and_errors_by_hand():
     assert rows["two"]["empathy wins"] == 75 and "empathy wins" not in rows["one"]
     assert rows["two"]["first shown"] == 75  # 1 of 2 verdicts, and 2 of 2
     assert rows["two"]["faultless"] == 50 and rows["two"]["errors"] == {"none": 1, "template response": 1}
+    assert rows["two"]["ties"] == 50 and rows["one"]["unreadable"] == pytest.approx(100 / 10)  # two errors, eight ratings
     json.dumps(rows)
 
 
-@pytest.mark.parametrize("verdicts, points", [(("ours", "ours"), 1), (("theirs", "theirs"), 0), (("ours", "theirs"), 0.5), (("ours", None), 0.5)])
+@pytest.mark.parametrize("verdicts, points", [(("ours", "ours"), 1), (("theirs", "theirs"), 0), (("ours", "theirs"), 0.5), (("ours", None), None)])
 def test_a_win_takes_both_orders(verdicts, points):
     assert won(list(verdicts)) == points
 

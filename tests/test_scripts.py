@@ -46,7 +46,7 @@ def test_artefacts_hold_what_made_them(out, task):
         config = json.loads((out / task / stage / "config.json").read_text())
         assert config["task"] == task and config["model"] == "toy"
         assert json.loads((out / task / stage / "adapter_config.json").read_text())["r"] == rank
-    assert not list(out.rglob("*.tmp")) and not list(out.rglob("mining.*.jsonl"))
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob("answers.*.jsonl"))
     for pair in lines(out / task / "pairs.jsonl"):
         assert pair["chosen"] != pair["rejected"] and pair["id"] == f"{task}/{pair['dialogue']}/{pair['turn']}"
 
@@ -54,24 +54,25 @@ def test_artefacts_hold_what_made_them(out, task):
 def test_evaluation_prints_tables_and_keeps_every_answer(out):
     said = run("evaluate.py", "--model", "toy", "--out", out, "--max-new-tokens", 6, "--eval-dialogues", 2, "--show", 1, "--seeds", 3)
     assert all(name in said for name in ("| training frequencies |", "\n| sft |", "\n| dpo |", "\nhuman ", "| difference to the first | dpo |"))
-    records = lines(out / "eval" / "dpo.jsonl")
+    settings, *records = lines(out / "eval" / "answers.jsonl")
     assert len(records) == 2
-    for record in records:
+    for record in (record["systems"]["dpo"] for record in records):
         turns = len(record["gold"])
         assert [len(record[key]) for key in ("logps", "human", "replies")] == [turns] * 3
         assert len(record["predicted"]) == 3 and all(len(drawn) == turns for drawn in record["predicted"])
     results = json.loads((out / "eval" / "results.json").read_text())
     scores = results["systems"]["sft"]
-    right = sum(g == p for r in lines(out / "eval" / "sft.jsonl") for drawn in r["predicted"] for g, p in zip(r["gold"], drawn))
+    answers = [record["systems"]["sft"] for record in records]
+    right = sum(g == p for r in answers for drawn in r["predicted"] for g, p in zip(r["gold"], drawn))
     assert scores["accuracy"] == pytest.approx(100 * right / scores["turns"] / 3)
     assert scores["Q interval"][0] <= scores["Q"] <= scores["Q interval"][1]
-    assert results["facts"]["adapters"]["dpo"]["sp"][1] == digest(out / "sp" / "dpo") and results["facts"]["seeds"] == 3
+    assert results["facts"]["adapters"]["dpo"]["sp"] == settings["adapters"]["dpo"]["sp"] == digest(out / "sp" / "dpo") and results["facts"]["seeds"] == 3
 
 
 def test_systems_are_compared_on_the_same_turns(out):
     """A system against itself differs by nothing; with the human strategies accuracy is 100, and no planner is scored."""
     adapters = f"sp:{out}/sp/sft,rg:{out}/rg/sft"
-    systems = (f"one={adapters}", f"same={adapters}", f"oracle=sp:gold,rg:{out}/rg/sft", "base=vanilla:base")
+    systems = (f"one={adapters}", f"same={adapters}", f"oracle=rg:{out}/rg/sft,sp:gold", "base=vanilla:base")
     flags = ("--model", "toy", "--out", out, "--max-new-tokens", 6, "--eval-dialogues", 2, "--reply-dialogues", 1)
     run("evaluate.py", *flags, "--judge", "local", "--annotator", "local", "--max-length", 4096, "--systems", *systems)
     rows = json.loads((out / "eval" / "results.json").read_text())["systems"]
@@ -80,10 +81,10 @@ def test_systems_are_compared_on_the_same_turns(out):
     assert all(value == [0, 0, 0] for value in same.values())
     assert rows["oracle"]["accuracy"] == 100 and "nll" not in rows["oracle"] and rows["oracle"]["length"] > 0
     assert rows["same"]["empathy wins"] == 50 and 0 <= rows["base"]["empathy"] <= 5 and sum(rows["base"]["errors"].values()) == rows["base"]["replies"]
-    records = {name: lines(out / "eval" / f"{name}.jsonl") for name in rows}
-    assert records["one"] == [{key: value for key, value in r.items() if key != "verdicts"} for r in records["same"]]
-    transcript = lines(out / "eval" / "judgements.jsonl")
-    replies = rows["one"]["replies"]
+    _, *records = lines(out / "eval" / "answers.jsonl")
+    for said in (record["systems"] for record in records):
+        assert said["one"] == {key: value for key, value in said["same"].items() if key != "verdicts"}
+    transcript, replies = [line for record in records for line in record["judgements"]], rows["one"]["replies"]
     assert len(transcript) == replies * (4 * 4 + 3 * 4 * 2)  # four systems by four rubrics; three against the first, in two orders
     ratings = (out / "eval" / "ratings.csv").read_text(encoding="utf-8-sig")
     assert ratings.count("empathy judge") == 1
@@ -93,9 +94,9 @@ def test_systems_are_compared_on_the_same_turns(out):
 def test_free_decoding_reports_what_could_not_be_parsed(out):
     flags = ("--decode", "free", "--systems", f"sft=sp:{out}/sp/sft", "--reply-dialogues", -1)
     run("evaluate.py", "--model", "toy", "--out", out, "--max-new-tokens", 6, "--eval-dialogues", 1, *flags)
-    (record,) = lines(out / "eval" / "sft.jsonl")
+    _, record = lines(out / "eval" / "answers.jsonl")
     scores = json.loads((out / "eval" / "results.json").read_text())["systems"]["sft"]
-    (predicted,) = record["predicted"]
+    (predicted,) = record["systems"]["sft"]["predicted"]
     assert scores["invalid"] == pytest.approx(100 * predicted.count(None) / len(predicted)) and scores["invalid"] > 0
 
 
@@ -105,7 +106,7 @@ def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
     (tmp_path / "sp").mkdir()
     os.symlink(out / "sp" / "sft", tmp_path / "sp" / "sft")
     mine = command("mine_preferences.py", *flags, "--max-new-tokens", 6, "--out", tmp_path)
-    killed, journal = subprocess.Popen(mine, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), tmp_path / "sp" / "mining.0.jsonl"
+    killed, journal = subprocess.Popen(mine, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), tmp_path / "sp" / "answers.0.jsonl"
     while killed.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
@@ -197,6 +198,7 @@ def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
         ("mine_preferences.py", ("--task", "sp", "--routing", "all-to-rg", "--annotator", "local"), "for --task rg alone"),
         ("mine_preferences.py", ("--task", "sp", "--review", "3"), "--review needs judged answers"),
         ("evaluate.py", ("--systems", "a=rg:out/rg/sft"), "should be NAME=sp:ADAPTER"),
+        ("evaluate.py", ("--systems", "a=sp:x,sp:y"), "should be NAME=sp:ADAPTER"),
         ("evaluate.py", ("--systems", "a=sp:base", "a=sp:gold"), "two have the same name"),
         ("evaluate.py", ("--model", "toy", "--systems", "a=sp:nowhere"), "finds no adapter in nowhere"),
         ("evaluate.py", ("--judge", "endpoint", "--systems", "a=sp:base", "--model", "toy"), "an endpoint needs --endpoint"),
