@@ -44,8 +44,9 @@ def results(sample):
         answers[EVIL].append(record | {"predicted": [["Question"] * (len(gold) - 1) + [None]], "logps": [], "replies": []})
     curves = [{"step": 0, "valid/loss": math.log(2), "valid/rewards/margins": 0, "valid/rewards/accuracies": 0}]
     curves += [{"step": n, "loss": 0.7 - n / 100, "rewards/margins": n / 10, "rewards/accuracies": 0.5 + n / 100} for n in range(9)]
-    row = {"turns": 30, "Q": 17.41, "Q interval": [15.66, 19.17], "B": 0.3186, "preferences": dict.fromkeys(NAMES, 1.5)}
-    systems = {"sft": row | {"confusion": np.eye(9).tolist()}, EVIL: row | {"Q difference": [-0.27, -1.24, 0.66]}}
+    row = {"turns": 30, "Q": 17.41, "Q interval": [15.66, 19.17], "B": 0.3186}
+    row |= {"preferences": dict.fromkeys(NAMES, 1.5), "confusion": np.eye(9).tolist()}
+    systems = {"sft": row, EVIL: row | {"Q difference": [-0.27, -1.24, 0.66]}}
     return {
         "facts": {"model": EVIL, "seeds": [0, 1]},
         "strategies": NAMES,
@@ -98,8 +99,9 @@ def test_confusion_gives_shares_of_each_column():
 
 
 def test_bars_start_from_the_ideal_and_errors_are_shares_of_what_was_judged():
-    html = page.preferences({"strategies": ["A", "B"], "systems": {"sft": {"preferences": {"A": 0.5, "B": 4}}}})
-    assert re.findall(r"--from:(.*?);--to:(.*?);--origin:(.*?)\"", html) == [("0.125", "0.250", "0.250"), ("0.250", "1.000", "0.250")]
+    for values, expected in (({"A": 0.5, "B": 1.5}, ["0.250 0.500 0.500", "0.500 0.750 0.500"]), ({"A": 4}, ["0.250 1.000 0.250"])):
+        html = page.preferences({"strategies": list(values), "systems": {"sft": {"preferences": values}}})
+        assert [" ".join(found) for found in re.findall(r"--from:(.*?);--to:(.*?);--origin:(.*?)\"", html)] == expected
     html = page.errors({"errors": {"sft": {"early emotion shift": 3, "none": 1}, "dpo": {"none": 2}}})
     assert cells(html)[1:] == [["early emotion shift", "||75 %|3|", "||0 %|0|"], ["none", "||25 %|1|", "||100 %|2|"]]
 
