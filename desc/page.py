@@ -12,7 +12,7 @@ import numpy as np
 
 from desc.figures import curves, load_matplotlib, phases  # noqa: F401  the script asks for matplotlib in time
 from desc.files import write_bytes
-from desc.report import PLAN, TEXT
+from desc.report import JUDGED, PLAN, TEXT, decimals
 
 
 def write_page(path: str | Path, results: dict) -> None:
@@ -20,9 +20,9 @@ def write_page(path: str | Path, results: dict) -> None:
 
     "facts" {name: value}: how it was made. "strategies": the K names. "systems" {name: row}: columns as desc.report.summarise names
     them, "COLUMN interval" [low, high], "COLUMN difference" [to the first system, low, high], "preferences" {strategy: p}, "confusion"
-    (K, K) [predicted][gold]. "answers" {name: a record a dialogue}: "predicted" [seed][turn], the first seed's being those that the
-    "replies" follow (or []), "logps" (T, K) in nats (or []). "dialogues" [{"id", "turns"}] in the order of the records. "curves" {run:
-    records of its metrics.jsonl}. "errors" {name: {error type or "none": replies}}. Raises DescError where matplotlib is missing."""
+    (K, K) [predicted][gold], "errors" {error type or "none": replies}. "answers" {name: a record a dialogue}: "predicted" [seed][turn],
+    the first seed's being those that the "replies" follow (or []), "logps" (T, K) in nats (or []). "dialogues" [{"id", "turns"}] in the
+    order of the records. "curves" {run: records of its metrics.jsonl}. Raises DescError where matplotlib is missing."""
     parts = {make.__name__: make(results) for make in (scores, preferences, confusion, phases, curves, errors, data)}
     turns = sum(len(d["turns"]) // 2 for d in results["dialogues"])
     parts["lead"] = f"{turns:,} supporter turns of {len(results['dialogues'])} test dialogues"
@@ -43,18 +43,19 @@ def grid(caption: str, head: list[str], rows: dict[str, list[str]]) -> str:
 
 
 def scores(results: dict) -> str:
-    """Tables of the planners' columns and of the replies', and folded away one of all other numbers."""
+    """Tables of the planners' columns, the replies' and the judge's, and folded away one of all other numbers."""
     rows, tables = results["systems"], []
-    rest = {c: None for row in rows.values() for c, value in row.items() if isinstance(value, (int, float)) and c not in PLAN + TEXT}
-    for caption, columns in (("Strategies", PLAN), ("Replies", TEXT), ("Other numbers", rest)):
+    known = (*PLAN, *TEXT, *JUDGED)
+    rest = {c: None for row in rows.values() for c, value in row.items() if isinstance(value, (int, float)) and c not in known}
+    for caption, columns in (("Strategies", PLAN), ("Replies", TEXT), ("Judged", JUDGED), ("Other numbers", rest)):
         columns = [c for c in columns if any(c in row for row in rows.values())]
         found = {name: [cell(row, c) for c in columns] for name, row in rows.items() if any(c in row for c in columns)}
         tables.append(grid(caption, ["system", *columns], found) if found else "")
-    return tables[0] + tables[1] + f"<details><summary>Other numbers</summary>{tables[2]}</details>" * bool(rest)
+    return "".join(tables[:3]) + f"<details><summary>Other numbers</summary>{tables[3]}</details>" * bool(rest)
 
 
 def cell(row: dict, column: str) -> str:
-    digits = 0 if isinstance(row.get(column), int) else 3 if column.startswith(("B", "nll", "ece")) else 1 if column in PLAN + TEXT else 2
+    digits = 0 if isinstance(row.get(column), int) else decimals(column)
     text = f"{row[column]:,.{digits}f}" if column in row else ""
     if f"{column} interval" in row:
         text += "<small>{:.{d}f} – {:.{d}f}</small>".format(*row[f"{column} interval"], d=digits)
@@ -77,7 +78,7 @@ def preferences(results: dict) -> str:
 
 
 def errors(results: dict) -> str:
-    found, rows = results["errors"], {}
+    found, rows = {name: row["errors"] for name, row in results["systems"].items() if "errors" in row}, {}
     for error in dict.fromkeys(e for counts in found.values() for e in counts):
         cells = [(counts.get(error, 0), counts.get(error, 0) / max(sum(counts.values()), 1)) for counts in found.values()]
         rows[error] = [bar(share, f"{100 * share:.0f} %<small>{n:,}</small>") for n, share in cells]

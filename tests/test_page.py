@@ -46,7 +46,7 @@ def results(sample):
     curves += [{"step": n, "loss": 0.7 - n / 100, "rewards/margins": n / 10, "rewards/accuracies": 0.5 + n / 100} for n in range(9)]
     row = {"turns": 30, "Q": 17.41, "Q interval": [15.66, 19.17], "B": 0.3186}
     row |= {"preferences": dict.fromkeys(NAMES, 1.5), "confusion": np.eye(9).tolist()}
-    systems = {"sft": row, EVIL: row | {"Q difference": [-0.27, -1.24, 0.66]}}
+    systems = {"sft": row | {"errors": {EVIL: 3, "none": 1}}, EVIL: row | {"Q difference": [-0.27, -1.24, 0.66], "errors": {"none": 4}}}
     return {
         "facts": {"model": EVIL, "seeds": [0, 1]},
         "strategies": NAMES,
@@ -54,7 +54,6 @@ def results(sample):
         "answers": answers,
         "dialogues": dialogues,
         "curves": {EVIL: curves},
-        "errors": {"sft": {EVIL: 3, "none": 1}, EVIL: {"none": 4}},
     }
 
 
@@ -86,7 +85,7 @@ def test_scores_show_intervals_and_differences_and_only_columns_that_are_there(r
         ["sft", "17.4|15.7 – 19.2|", "0.319"],
         [page.escape(EVIL), "17.4|15.7 – 19.2||Δ −0.3 (−1.2 … +0.7)|", "0.319"],
     ]
-    assert cells(tables[1])[:2] == [["system", "turns", "empathy"], ["sft", "30", "3.46"]]
+    assert cells(tables[0])[4:] == [["system", "empathy"], ["sft", "3.46"]] and cells(tables[1])[:2] == [["system", "turns"], ["sft", "30"]]
     assert "training frequencies" in tables[0] and "training frequencies" not in tables[1]
 
 
@@ -102,7 +101,7 @@ def test_bars_start_from_the_ideal_and_errors_are_shares_of_what_was_judged():
     for values, expected in (({"A": 0.5, "B": 1.5}, ["0.250 0.500 0.500", "0.500 0.750 0.500"]), ({"A": 4}, ["0.250 1.000 0.250"])):
         html = page.preferences({"strategies": list(values), "systems": {"sft": {"preferences": values}}})
         assert [" ".join(found) for found in re.findall(r"--from:(.*?);--to:(.*?);--origin:(.*?)\"", html)] == expected
-    html = page.errors({"errors": {"sft": {"early emotion shift": 3, "none": 1}, "dpo": {"none": 2}}})
+    html = page.errors({"systems": {"sft": {"errors": {"early emotion shift": 3, "none": 1}}, "dpo": {"errors": {"none": 2}}, "x": {}}})
     assert cells(html)[1:] == [["early emotion shift", "||75 %|3|", "||0 %|0|"], ["none", "||25 %|1|", "||100 %|2|"]]
 
 
@@ -114,7 +113,8 @@ def test_curves_leave_out_the_accuracy_of_a_policy_that_equals_its_reference(res
 
 def test_a_section_without_content_is_left_out(results, tmp_path, written):
     whole = re.findall(r'<section id="(\w+)"', written.read_text())
-    page.write_page(tmp_path / "less.html", results | {"errors": {}, "curves": {}})
+    systems = {name: {key: value for key, value in row.items() if key != "errors"} for name, row in results["systems"].items()}
+    page.write_page(tmp_path / "less.html", results | {"systems": systems, "curves": {}})
     less = (tmp_path / "less.html").read_text()
     assert set(whole) - set(re.findall(r'<section id="(\w+)"', less)) == {"errors", "curves"}
     assert re.findall('<a href="#(.*?)"', less) == [name for name in whole if name not in ("errors", "curves")]
