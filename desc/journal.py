@@ -19,26 +19,28 @@ class Journal:
 
     def __init__(self, folder: Path, name: str, settings: dict):
         """Every rank must call this. Raises DescError where a run under way was begun with other settings, naming them."""
-        self.whole, self.parts = folder / f"{name}.jsonl", lambda: sorted(folder.glob(f"{name}.*.jsonl"))
-        self.settings, self.mine = settings, folder / f"{name}.{distributed.rank()}.jsonl"
+        self.whole, self.mine = folder / f"{name}.jsonl", folder / f"{name}.{distributed.rank()}.jsonl"
+        self.settings = settings
         for part in self.parts() if not distributed.rank() else ():
             mend(part)
         distributed.barrier()
         self.done = self.read()
         distributed.barrier()  # every rank has read all of them before any grows
 
+    def parts(self) -> list[Path]:
+        return sorted(self.whole.parent.glob(f"{self.whole.stem}.*.jsonl"))
+
     def read(self) -> dict[str, dict]:
         """The records by key."""
-        records = read_lines(self.whole) if self.whole.exists() else []
-        if records[:1] != [self.settings]:
-            if records:
-                print(f"{self.whole} was made with other settings; it is replaced at the end")
+        before, *records = read_lines(self.whole) if self.whole.exists() else [self.settings]
+        if before != self.settings:
+            print(f"{self.whole} was made with other settings; it is replaced at the end")
             records = []
         for part in self.parts():
             before, *more = read_lines(part) or [self.settings]
             refuse_differing(part, before, self.settings)
             records += more
-        return {record["key"]: record for record in records if "key" in record}
+        return {record["key"]: record for record in records}
 
     def append(self, record: dict) -> None:
         if not self.mine.exists() or not self.mine.stat().st_size:

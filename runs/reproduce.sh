@@ -15,12 +15,10 @@ train="--train-dialogues ${3:-400}"
 step sp/sft/last/config.json train_sft.py --compile --save-every 10 $sp $train --eval-every 60 --lr 5e-4 --epochs 1 --dropout 0
 step sp/config.json mine_preferences.py $sp $train
 step sp/dpo/last/config.json train_dpo.py --compile --save-every 10 $sp --eval-every 20 --lr 5e-5 --dropout 0
-step eval-sp/results.json evaluate.py $data --reply-dialogues -1 --seeds 3
-[ -e out/esconv/eval-sp ] || mv out/esconv/eval out/esconv/eval-sp  # the next evaluation writes there too
 
 rg="--task rg $data --eval-dialogues 4"
 train="--train-dialogues 60"
 step rg/sft/last/config.json train_sft.py --compile --save-every 10 $rg $train --lr 5e-4 --epochs 1 --dropout 0
 step rg/config.json mine_preferences.py $rg $train --max-new-tokens 64
 step rg/dpo/last/config.json train_dpo.py --compile --save-every 10 $rg --eval-every 10 --lr 5e-5 --dropout 0
-step eval/results.json evaluate.py $data --eval-dialogues 40 --max-new-tokens 64 --show 3
+step eval/results.json evaluate.py $data --reply-dialogues 40 --max-new-tokens 64 --seeds 3 --report out/esconv/report.html

@@ -64,7 +64,8 @@ def esconv_path():
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on loopback that answers each call by the next of server.script, a status or a text, and the last ever after."""
+    """A server on loopback that answers each call by the next of server.script (a status, a text, whole bytes, or a function of the call
+    that gives one), and by the last ever after."""
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: server.waits.append(seconds))
     monkeypatch.setenv("DESC_API_KEY", "hush")
 
@@ -75,10 +76,11 @@ def server(monkeypatch):
                 server.calls.append((self.headers["Authorization"], body))
                 now = server.script.pop(0) if len(server.script) > 1 else server.script[0]
             now = now(body) if callable(now) else now
-            answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": now}}]}
+            message = {"role": "assistant", "content": now if isinstance(now, str) else ""}
+            answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
             answer |= {"id": "1", "created": 0, "model": "m", "object": "chat.completion", "system_fingerprint": ""}
             answer |= {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
-            data = json.dumps({"error": "wrong key hush"} if isinstance(now, int) else answer).encode()
+            data = now if isinstance(now, bytes) else json.dumps({"error": "wrong key hush"} if isinstance(now, int) else answer).encode()
             self.send_response(now if isinstance(now, int) else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))

@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from desc import DescError
-from desc.agreement import compare, correlate, find_turns, hold_out, read_labels, read_review, write_ratings, write_review
+from desc.agreement import compare, correlate, find_turns, hold_out, read_labels, read_review, spare, write_ratings, write_review
 from desc.esconv import Dialogue, Turn
 from desc.judging import LABELS, RUBRICS, Judgement
 from desc.metrics import kappa_of_confusion
@@ -144,3 +144,19 @@ def test_ratings_that_cannot_be_correlated_are_told(tmp_path, text, says):
     (tmp_path / "r.csv").write_text(text)
     with pytest.raises(DescError, match=says):
         correlate(tmp_path / "r.csv")
+
+
+def test_what_people_wrote_is_not_overwritten(tmp_path):
+    spare(tmp_path / "none.csv")
+    for head in ("number,label", "empathy judge,empathy human", "empathy judge;empathy human"):
+        (tmp_path / "r.csv").write_text(f"{head}\n1,\n".replace("1,", "1;" if ";" in head else "1,"))
+        spare(tmp_path / "r.csv")
+        (tmp_path / "r.csv").write_text((tmp_path / "r.csv").read_text().rstrip() + "2\n")
+        with pytest.raises(DescError, match="move it away first"):
+            spare(tmp_path / "r.csv")
+
+
+def test_a_review_saved_with_semicolons_is_read(tmp_path):
+    (tmp_path / "r.csv").write_text("number;context;label\n1;\"seeker: a, b\";none\n", encoding="utf-8")
+    (tmp_path / "r.key.csv").write_text("number,dialogue,turn,annotator\n1,7,0,none\n")
+    assert read_review(tmp_path / "r.csv") == (["none"], ["none"], ["7"])

@@ -61,6 +61,8 @@ def test_what_was_said_is_data(text, toy):
         ('{"error": "none"', Judgement(UNREADABLE, 0.0, '{"error": "none"')),
         ('{"error": "none", "confidence": "high"}', Judgement(UNREADABLE, 0.0, '{"error": "none", "confidence": "high"}')),
         ("[1]", Judgement(UNREADABLE, 0.0, "[1]")),
+        ('{"error": "none", "confidence": 0.9}\nNote: {ok}', Judgement("none", 0.9)),
+        ('{"error": "none", "confidence": NaN}', Judgement(UNREADABLE, 0.0, '{"error": "none", "confidence": NaN}')),
     ],
 )
 def test_read_judgement(text, expected):
@@ -123,6 +125,24 @@ def test_a_server_that_stays_away_ends_in_one_line(server):
     assert len(server.calls) == 3
     with pytest.raises(DescError, match="does not answer"):
         Endpoint("http://127.0.0.1:1/v1", "m", tries=2).ask(ASKED, "sp")
+
+
+@pytest.mark.parametrize("said", ['{"choices": []}', '{"error": "x"}', "[]", "<html>busy</html>"])
+def test_what_is_no_chat_completion_is_tried_again(server, said):
+    server.script = [said.encode(), "at last"]
+    assert Endpoint(server.url, "m").ask(ASKED, "sp") == "at last"
+    server.script = [said.encode()]
+    with pytest.raises(DescError, match="no chat completion.*tried 2 times"):
+        Endpoint(server.url, "m", tries=2).ask(ASKED, "sp")
+
+
+def test_a_setting_is_left_out_only_where_that_helps(server):
+    server.script = [400, 400, 400]
+    asked = Endpoint(server.url, "m")
+    with pytest.raises(DescError, match="refuses: 400"):
+        asked.ask(ASKED, "sp", seed=1, response_format={})
+    server.script = [lambda body: 400 if "seed" in body else "yes"]
+    assert asked.ask(ASKED, "sp", seed=1) == "yes" and asked.refused == {"seed"}
 
 
 def test_max_calls_counts_retries(server):
