@@ -132,8 +132,8 @@ def parse(kind):
 
 
 def telling(config, *silent: str) -> dict:
-    """The flags that change what a model says: all but those that never do, and `silent`."""
-    silent += ("out", "max_tokens", "eval_dialogues", "endpoint", "concurrency", "timeout", "max_calls")
+    """The flags that change what a model says of a dialogue: all but those that never do, and `silent`."""
+    silent += ("data", "split_file", "strategies", "out", "max_tokens", "eval_dialogues", "endpoint", "concurrency", "timeout", "max_calls")
     return {name: value for name, value in asdict(config).items() if name not in silent}
 
 

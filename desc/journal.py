@@ -25,6 +25,8 @@ class Journal:
             mend(part)
         distributed.barrier()
         self.done = self.read()
+        if self.whole.exists() and not self.done:
+            print(f"{self.whole} was made with other settings; it is replaced at the end")
         distributed.barrier()  # every rank has read all of them before any grows
 
     def parts(self) -> list[Path]:
@@ -32,10 +34,8 @@ class Journal:
 
     def read(self) -> dict[str, dict]:
         """The records by key."""
-        before, *records = read_lines(self.whole) if self.whole.exists() else [self.settings]
-        if before != self.settings:
-            print(f"{self.whole} was made with other settings; it is replaced at the end")
-            records = []
+        before, *records = (read_lines(self.whole) if self.whole.exists() else []) or [self.settings]
+        records = records if before == self.settings else []
         for part in self.parts():
             before, *more = read_lines(part) or [self.settings]
             refuse_differing(part, before, self.settings)
