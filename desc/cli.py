@@ -180,6 +180,8 @@ def run(main) -> None:
         main()
     except DescError as error:
         fail(str(error))
+    except BrokenPipeError:  # whoever reads, `| head` say, has seen enough
+        os._exit(141)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
