@@ -59,7 +59,8 @@ def count_replies(record: dict) -> dict[str, np.ndarray]:
     pairs = zip(record["human"], record["replies"], strict=True)
     each = [turn_scores(words(human), words(reply)) for human, reply in pairs]
     found = {name: [scores[name] * (1 if name == "length" else 100) for scores in each] for name in each[0]}
-    errors, ratings, verdicts = (record.get(kind, []) for kind in ("errors", "ratings", "verdicts"))
+    judged, ratings, verdicts = (record.get(kind, []) for kind in ("judged", "ratings", "verdicts"))
+    errors = [one["error"] for one in judged]
     found["faultless"] = [100 * (error == "none") for error in errors if error != UNREADABLE]
     points = {rubric: [won(turn[rubric]) for turn in verdicts] for rubric in RUBRICS}
     for rubric in RUBRICS:
@@ -104,7 +105,7 @@ def summarise(systems: dict[str, list[dict]], strategies: Strategies, config) ->
                 elif not rows:
                     first[column] = value, drawn[column]
         row |= by_strategy(sum(one["sampled"] for one in plans), strategies)
-        if found := Counter(error for record in answered for error in record.get("errors", [])):
+        if found := Counter(judged["error"] for record in answered for judged in record.get("judged", [])):
             row["errors"] = found
         if answered:
             replies, human = ([text for record in answered for text in record[side]] for side in ("replies", "human"))

@@ -1,6 +1,6 @@
 """Systems: a planner and a generator, or one model for both, each with its adapter, and what they answer."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from desc import DescError, cli
@@ -83,7 +83,7 @@ def criticise(annotator: Annotator | None, judge: Judge | None, dialogue: Dialog
         replies = record["replies"]
         if annotator and replies:
             cases = [Case(dialogue.turns[: 2 * turn + 1], record["followed"][turn], reply) for turn, reply in enumerate(replies)]
-            record["errors"] = [judged.error for judged in annotator(cases)]
+            record["judged"] = [asdict(judged) for judged in annotator(cases)]
         if judge and replies:
             record["ratings"], lines = rate(judge, dialogue, replies)
             transcript += [{"system": name, **line} for line in lines]

@@ -73,7 +73,7 @@ def test_dialogues_without_replies_do_not_widen_the_interval_of_replies():
 
 def test_what_a_judge_did_not_say_readably_is_no_score():
     rating, verdict = dict.fromkeys(RUBRICS), dict.fromkeys(RUBRICS, [None, "tie"])
-    said = record("a", ["a"], replies=["x"], ratings=[rating], verdicts=[verdict], errors=["unreadable"])
+    said = record("a", ["a"], replies=["x"], ratings=[rating], verdicts=[verdict], judged=[{"error": "unreadable"}])
     row = summarise({"x": [said]}, AB, CONFIG)["x"]
     assert not {"empathy", "empathy wins", "ties", "first shown", "faultless"} & row.keys()
     assert row["unreadable"] == pytest.approx(100 * (4 + 4 + 1) / (4 + 8 + 1)) and row["errors"] == {"unreadable": 1}
@@ -83,9 +83,9 @@ def test_ratings_wins_and_errors_by_hand():
     rating = dict.fromkeys(RUBRICS, 4.0)
     verdict = dict.fromkeys(RUBRICS, ["ours", "ours"])
     places = dict.fromkeys(RUBRICS, ["ours", "theirs"])  # twice the one shown first: a tie
-    first = record("ab", ["ab"], replies=["x", "y"], ratings=[rating, rating | {"empathy": None}], errors=["none", "none"])
+    first = record("ab", ["ab"], replies=["x", "y"], ratings=[rating, rating | {"empathy": None}], judged=[{"error": "none"}] * 2)
     second = record("ab", ["ab"], replies=["x", "y"], ratings=[rating | {"empathy": 1.0}] * 2, verdicts=[verdict, places])
-    rows = summarise({"one": [first], "two": [second | {"errors": ["none", "template response"]}]}, AB, CONFIG)
+    rows = summarise({"one": [first], "two": [second | {"judged": [{"error": "none"}, {"error": "template response"}]}]}, AB, CONFIG)
     assert rows["one"]["empathy"] == 4 and rows["two"]["empathy"] == 1 and rows["two"]["empathy difference"] == (-3, -3, -3)
     assert rows["two"]["empathy wins"] == 75 and "empathy wins" not in rows["one"]
     assert rows["two"]["first shown"] == 75  # 1 of 2 verdicts, and 2 of 2
