@@ -75,9 +75,7 @@ def look_up(known: dict[str, list[float]], members: list[Item], device: torch.de
 
 def measure(policy: torch.Tensor, reference: torch.Tensor, config: DPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss summed over the forest's pairs, and the sums of METRICS (7,). Chosen and rejected alternate in both (2B,)."""
-    losses, chosen, rejected = dpo_loss(
-        policy[0::2], policy[1::2], reference[0::2], reference[1::2], config.beta, config.label_smoothing
-    )
+    losses, chosen, rejected = dpo_loss(policy[0::2], policy[1::2], reference[0::2], reference[1::2], config.beta, config.label_smoothing)
     seen = (losses, chosen, rejected, chosen - rejected, (chosen > rejected).float(), policy[0::2], policy[1::2])
     return losses.sum(), torch.stack([values.detach().sum() for values in seen])
 

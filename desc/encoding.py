@@ -31,9 +31,7 @@ class Item:
 def end_of_turn(tokenizer) -> int:
     """The token with which this model's chat template ends an assistant's message (for Gemma, say, not the eos token)."""
     mark = "desc"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}], tokenize=False
-    )
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}], tokenize=False)
     tail = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     if not (ends := [token for token in tail if token in special]):
@@ -64,9 +62,7 @@ def encode_prompt(tokenizer, messages: Messages) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def encode(
-    tokenizer, name: str, dialogue: str, messages: Messages, completions: list[str], max_length: int, end: bool = True
-) -> Item:
+def encode(tokenizer, name: str, dialogue: str, messages: Messages, completions: list[str], max_length: int, end: bool = True) -> Item:
     """Tokenise one prompt with each of its completions, dropping the oldest exchanges until all fit in `max_length` tokens.
 
     `end=False` leaves the end-of-turn token out, for a completion that goes on (the tag of "[strategy] reply").

@@ -19,11 +19,7 @@ from desc.prompts import Messages, build_completion, build_messages
 from desc.strategies import Strategies
 
 ROUTINGS = ("released", "paper", "all-to-rg")
-FAULTS = {  # which errors make a pair for which task
-    "sp": (MISMATCH,),
-    "rg": OF_REPLIES,
-    "vanilla": (MISMATCH, *OF_REPLIES),
-}
+FAULTS = {"sp": (MISMATCH,), "rg": OF_REPLIES, "vanilla": (MISMATCH, *OF_REPLIES)}  # which errors make a pair for which task
 
 
 @dataclass(frozen=True)
@@ -171,9 +167,7 @@ def route(
     return pairs, planned, dropped
 
 
-def account(
-    task: str, routed: Iterable[tuple[list[Answer], list[Pair], list[str], Counter]], strategies: Strategies
-) -> dict:
+def account(task: str, routed: Iterable[tuple[list[Answer], list[Pair], list[str], Counter]], strategies: Strategies) -> dict:
     """What was found, kept and dropped over dialogues, each its answers and what `route` makes of them, and what looks wrong: too much
     of one strategy, or too few template responses, are how the paper says that mining fails."""
     answers, pairs, rejected, dropped = [], [], [], Counter()
