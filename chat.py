@@ -69,7 +69,7 @@ class Chat:
 
     def plan(self, dialogue: Dialogue) -> str:
         """The strategy of the next reply, drawn or forced. Shows the exact distribution, a bar of up to 30 blocks a strategy."""
-        config, names = self.config, self.strategies.names
+        config, names = self.config, self.strategies
         item = self.read("sp", dialogue, list(names), config.max_length)
         with adapter_only(self.model, f"sp-{self.stages['sp'][0]}"):
             logps = score(self.model, [item], config.max_length)[0]

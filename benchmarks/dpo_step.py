@@ -34,7 +34,7 @@ def make_pairs(config, dialogues: list[Dialogue]) -> list[Pair]:
     strategies, draw = read_strategies(config.strategies), random.Random(config.seed)
     examples, pairs = build_examples(config.task, dialogues, strategies), []
     for e in examples:
-        others = strategies.names if config.task == "sp" else [other.completion for other in examples]
+        others = strategies if config.task == "sp" else [other.completion for other in examples]
         rejected = draw.choice([text for text in others if text != e.completion])
         name = f"{e.dialogue}/{e.turn}"
         pairs.append(Pair(name, config.task, e.dialogue, e.turn, "", "made up", e.messages, e.completion, rejected))

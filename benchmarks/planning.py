@@ -41,7 +41,7 @@ def main():
     begin = now()
     rows = [score_strategies(model, tokenizer, "sp", [d], strategies, config.max_length, config.max_tokens) for d in tqdm(test)]
     exact = now() - begin
-    likeliest = [strategies.names[i] for i in torch.cat(rows).argmax(-1).tolist()]
+    likeliest = [strategies[i] for i in torch.cat(rows).argmax(-1).tolist()]
 
     places = [(dialogue, turn) for dialogue in test for turn in range(len(dialogue))]
     some = range(0, len(places), max(1, len(places) // config.turns))

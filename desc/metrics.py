@@ -3,7 +3,7 @@ bootstrap. What is computed from counts takes any number of leading dimensions (
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -29,7 +29,7 @@ def count_plans(record: dict, strategies: Strategies, config) -> dict[str, np.nd
     sums["sampled"] = np.stack([confusion(*zip(*pairs), strategies) if pairs else np.zeros((size, size)) for pairs in parsed])
     if record["logps"]:
         logps = np.array(record["logps"])
-        sums["greedy"] = confusion(gold, [strategies.names[i] for i in logps.argmax(1)], strategies)
+        sums["greedy"] = confusion(gold, [strategies[i] for i in logps.argmax(1)], strategies)
         probabilities = temper(torch.from_numpy(logps), config.temperature, config.top_p).numpy()
         sums["expected"] = expected_confusion(probabilities, gold, strategies)
         sums["nll"] = np.array(turns * negative_log_likelihood(logps, gold, strategies))

@@ -70,7 +70,7 @@ def draw_strategies(logps: torch.Tensor, config, dialogue: Dialogue, strategies:
     `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw together with the dialogue's id."""
     probabilities = temper(logps, config.temperature, config.top_p)
     drawn = torch.multinomial(probabilities, 1, generator=seeded(config.seed, "plan", dialogue.id))[:, 0]
-    return [strategies.names[i] for i in drawn.tolist()]
+    return [strategies[i] for i in drawn.tolist()]
 
 
 def write_dialogue(

@@ -1,35 +1,19 @@
 """The taxonomy of support strategies, as a value, and reading strategies out of what a model wrote."""
 
 import re
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from desc import DescError
 
 
-@dataclass(frozen=True)
-class Strategies:
-    """An ordered list of strategy names; the order is that of every table and every probability vector."""
-
-    names: tuple[str, ...]
-
-    def __len__(self):
-        return len(self.names)
-
-    def __iter__(self):
-        return iter(self.names)
-
-    def __contains__(self, name):
-        return name in self.names
-
-    def index(self, name: str) -> int:
-        return self.names.index(name)
+class Strategies(tuple[str, ...]):
+    """Names of strategies, in the order of every table and every probability vector."""
 
     def parse(self, text: str) -> str | None:
         """The strategy a planner wrote, or None. Brackets, final stops, case and white space do not matter."""
         wanted = " ".join(text.split()).strip("[].:\"' ").casefold()
-        return next((name for name in self.names if name.casefold() == wanted), None)
+        return next((name for name in self if name.casefold() == wanted), None)
 
     def split_tag(self, text: str) -> tuple[str | None, str]:
         """(strategy, reply) of "[strategy] reply"; the strategy is None, and the text whole, where the tag is no strategy."""
@@ -39,7 +23,7 @@ class Strategies:
 
     def suggestion(self, name: str) -> str:
         """" (did you mean 'Question'?)" for a misspelt name, else "", to end an error message with."""
-        close = get_close_matches(name, self.names, n=1)
+        close = get_close_matches(name, self, n=1)
         return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -65,7 +65,7 @@ def answer(model, tokenizer, config, modules: dict, dialogue: Dialogue, strategi
     """What one system says at every turn of a dialogue."""
     (planner, adapter), (generator, voice) = list(modules.items())[0], list(modules.items())[-1]
     logps, predicted, written = plan(model, tokenizer, config, planner, adapter, dialogue, strategies)
-    replies, followed = [], [name or strategies.names[-1] for name in predicted[0]]  # a generator must be told something
+    replies, followed = [], [name or strategies[-1] for name in predicted[0]]  # a generator must be told something
     if reply and generator == "vanilla" and written:
         replies, followed = [strategies.split_tag(text)[1] for text in written], [name or "none" for name in predicted[0]]
     elif reply and generator != "sp":

@@ -115,7 +115,7 @@ def test_bars_are_the_planners_exact_probabilities(start, capsys):
         assert [name for name, _, _ in bars] == list(talk.strategies) and exact.max() < 90
         torch.testing.assert_close(torch.tensor([float(p) for _, p, _ in bars]), exact, atol=0.051, rtol=0)
         (drawn,) = [name for name, _, how in bars if how == "drawn"]
-        assert drawn == talk.strategies.names[int(exact.argmax())] == talk.turns[-1].strategy
+        assert drawn == talk.strategies[int(exact.argmax())] == talk.turns[-1].strategy
 
 
 def test_a_forced_strategy_stays_until_the_planner_chooses_again(start, capsys):
@@ -170,7 +170,7 @@ def test_what_was_said_before_an_interrupt_stays(start, capsys, monkeypatch, tok
 
 
 def test_an_overlong_conversation_forgets_its_beginning_and_says_so_once(start, capsys):
-    room = start().read("rg", Dialogue("", (Turn("seeker", "word " * 40),)), [""], 2048, ESCONV.names[1]).sequences[0].prompt
+    room = start().read("rg", Dialogue("", (Turn("seeker", "word " * 40),)), [""], 2048, ESCONV[1]).sequences[0].prompt
     talk = start(max_length=len(room) + 12 + 30)
     for turn in range(4):
         talk.take("word " * 40)

@@ -57,7 +57,7 @@ def random_counts(seed: int, strategies: int = 8) -> np.ndarray:
 def random_names(seed: int, turns: int = 300) -> tuple[list[str], list[str]]:
     """(gold, predicted); "Others" never comes up in either, and one strategy is predicted only."""
     rng = random.Random(seed)
-    return rng.choices(ESCONV.names[:6], k=turns), rng.choices(ESCONV.names[:7], k=turns)
+    return rng.choices(ESCONV[:6], k=turns), rng.choices(ESCONV[:7], k=turns)
 
 
 def random_pairs(seed: int, turns: int = 60) -> tuple[list[str], list[str]]:
@@ -244,7 +244,7 @@ def test_expected_confusion_is_the_average_over_samples():
     rng, (gold, _) = np.random.default_rng(0), random_names(1, turns=40)
     probabilities = rng.dirichlet(np.ones(8), size=40)
     draws = np.stack([rng.choice(8, size=4000, p=row) for row in probabilities], 1)
-    average = sum(confusion(gold, [ESCONV.names[i] for i in draw]) for draw in draws) / len(draws)
+    average = sum(confusion(gold, [ESCONV[i] for i in draw]) for draw in draws) / len(draws)
     expected = expected_confusion(probabilities, gold)
     assert expected.sum() == pytest.approx(40)
     assert np.abs(average - expected).max() < 5 * 0.05
@@ -257,7 +257,7 @@ def test_negative_log_likelihood_by_hand():
 
 
 def test_negative_log_likelihood_of_a_uniform_planner():
-    assert negative_log_likelihood(np.full((5, 8), -log(8)), ESCONV.names[:5]) == pytest.approx(log(8))
+    assert negative_log_likelihood(np.full((5, 8), -log(8)), ESCONV[:5]) == pytest.approx(log(8))
 
 
 # Bootstrap
@@ -328,7 +328,7 @@ def test_leading_dimensions_give_what_each_matrix_gives_alone():
 def planner(seed: int, turns: int) -> tuple[np.ndarray, list[str]]:
     """(logps (T, 8), gold names)"""
     rng = np.random.default_rng(seed)
-    return np.log(rng.dirichlet(np.full(8, 0.5), turns)), [ESCONV.names[i] for i in rng.integers(0, 8, turns)]
+    return np.log(rng.dirichlet(np.full(8, 0.5), turns)), [ESCONV[i] for i in rng.integers(0, 8, turns)]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -350,7 +350,7 @@ def test_calibration_error_by_hand():
 
 def test_a_calibrated_planner_has_no_calibration_error():
     rng, (logps, _) = np.random.default_rng(7), planner(7, 20000)
-    gold = [ESCONV.names[rng.choice(8, p=row)] for row in np.exp(logps)]
+    gold = [ESCONV[rng.choice(8, p=row)] for row in np.exp(logps)]
     assert calibration_error(calibration_counts(logps, gold)) < 0.015
     assert calibration_error(calibration_counts(np.log(np.exp(logps) ** 3 / (np.exp(logps) ** 3).sum(1, keepdims=True)), gold)) > 0.1
 
