@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import random
 import re
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from desc import DescError
 from desc.esconv import Dialogue, Turn
-from desc.files import read_lines, write_bytes
+from desc.files import parse, read_records, read_text, write_bytes
 from desc.judging import LABELS, RUBRICS, Annotator, Case, judging_messages
 from desc.metrics import interval, kappa_of_confusion, kendall, resample, spearman
 from desc.mining import Answer
@@ -49,16 +48,9 @@ def read_labels(path: str | Path, dialogues: list[Dialogue], strategies: Strateg
 
     `label_map` is a JSON object from the file's labels to ours; None knows ours and the published ones. Rows with other labels are
     left out. Raises DescError naming the row where a field is missing."""
-    known = json.loads((files("desc") / "data" / "labels.json").read_text(encoding="utf-8"))
-    try:
-        known = json.loads(Path(label_map).read_text(encoding="utf-8")) if label_map else known
-    except (OSError, ValueError) as error:
-        raise DescError(f"{label_map}: cannot be read ({error})") from None
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        records = json.loads(text) if text.lstrip().startswith("[") else read_lines(Path(path))
-    except (OSError, ValueError) as error:
-        raise DescError(f"{path}: cannot be read ({error})") from None
+    label_map = label_map or files("desc") / "data" / "labels.json"
+    known = parse(read_text(label_map), f"{label_map}:")
+    records = read_records(path)
     if not isinstance(known, dict) or not all(isinstance(record, dict) for record in records):
         raise DescError(f"{path if isinstance(known, dict) else label_map}: should hold JSON objects")
     if odd := [label for label in known.values() if label not in (*LABELS, None)]:
@@ -145,12 +137,12 @@ def write_table(path: Path, rows: list[Sequence]) -> None:
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV in UTF-8, with commas or, as some countries' spreadsheets save it, semicolons."""
+    text = read_text(path)
+    head = text.partition("\n")[0]
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        head = text.partition("\n")[0]
         return list(csv.DictReader(io.StringIO(text), delimiter=max(",;", key=head.count)))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DescError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
+    except csv.Error as error:
+        raise DescError(f"{path}: cannot be read as CSV ({error})") from None
 
 
 def spare(path: Path) -> None:

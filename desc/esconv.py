@@ -1,12 +1,12 @@
 """Dialogues: reading ESConv (official JSON, Hub JSON lines) and the sample, checking every field, and the splits."""
 
-import json
 import random
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from desc import DescError
+from desc.files import read_records
 from desc.strategies import ESCONV, Strategies
 
 SPLITS = ("train", "valid", "test")
@@ -59,40 +59,12 @@ def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Di
 
     The file is a JSON list in ESConv's official schema, an object that holds such a list as "dialogues" (the sample), or JSON
     lines as on the Hub (speaker usr | sys, text, strategy). Raises DescError naming file, dialogue and field."""
-    records = _records(Path(path))
+    records = read_records(path)
+    if len(records) == 1 and isinstance(records[0], dict) and "dialogues" in records[0]:
+        records = _field(records[0], "dialogues", list, str(path))
     if not records:
         raise DescError(f"{path}: holds no dialogue")
     return [_dialogue(record, str(i), f"{path}: dialogue {i}", strategies) for i, record in enumerate(records)]
-
-
-def _records(path: Path) -> list:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DescError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DescError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    try:
-        whole = json.loads(text)
-    except json.JSONDecodeError as error:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        if not text.lstrip().startswith("{") or len(lines) < 2 or not lines[0][1].rstrip().endswith("}"):
-            raise DescError(f"{path}: is not JSON, or is cut off (line {error.lineno}: {error.msg})") from None
-        return [_json_line(line, f"{path}: line {number}") for number, line in lines]
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        raise DescError(f"{path}: is not JSON that can be read ({error})") from None
-    if isinstance(whole, dict):
-        whole = whole.get("dialogues", [whole])
-    if not isinstance(whole, list):
-        raise DescError(f"{path}: field 'dialogues' should be a list, not {_kind(whole)}")
-    return whole
-
-
-def _json_line(line: str, where: str):
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DescError(f"{where}: is not JSON, or is cut off ({error})") from None
 
 
 def _kind(value) -> str:
@@ -147,7 +119,7 @@ def split(dialogues: list[Dialogue], split_file: str | None = None, seed: int = 
         tenth = max(1, round(len(dialogues) / 10))
         parts = {"train": sorted(order[2 * tenth :]), "valid": sorted(order[:tenth]), "test": sorted(order[tenth : 2 * tenth])}
     else:
-        (parts,) = _records(Path(split_file))[:1] or [None]
+        (parts,) = read_records(split_file)[:1] or [None]
         for name in SPLITS:
             if not _field(parts, name, list, split_file):
                 raise DescError(f"{split_file}: {name} is empty")

@@ -48,17 +48,37 @@ def mend(path: Path) -> None:
         write_bytes(path, whole + b"\n" if whole else b"")
 
 
-def read_lines(path: Path) -> list[dict]:
-    """JSON lines; DescError naming the line that is none."""
+def read_text(path: str | Path) -> str:
+    """UTF-8, with or without a mark; DescError where it is not."""
     try:
-        text = path.read_text(encoding="utf-8").removesuffix("\n")
-        lines = text.split("\n") if text else []  # not splitlines(): JSON may hold U+2028 and U+0085 as they are
-    except (OSError, UnicodeDecodeError) as error:
-        raise DescError(f"{path}: cannot be read ({error})") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DescError(f"{path}: line {number} is not JSON, or is cut off ({error.msg})") from None
-    return records
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DescError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DescError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def parse(text: str, where: str):
+    """The value of a JSON text; DescError saying `where` it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, too
+        raise DescError(f"{where} is not JSON, or is cut off, and cannot be read ({error})") from None
+
+
+def read_lines(path: str | Path) -> list:
+    """JSON lines, blank ones left out; DescError naming the line that is none."""
+    lines = read_text(path).split("\n")  # not splitlines(): JSON may hold U+2028 and U+0085 as they are
+    return [parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_records(path: str | Path) -> list:
+    """The elements of a JSON list, one JSON object, or JSON lines; DescError where it is none of these."""
+    text = read_text(path)
+    first = text.strip().partition("\n")[0].rstrip()
+    if first.startswith("{") and first.endswith("}"):
+        return read_lines(path)
+    whole = parse(text, f"{path}:")
+    if not isinstance(whole, (list, dict)):
+        raise DescError(f"{path}: should hold a list or an object, not {text.strip()[:60]}")
+    return whole if isinstance(whole, list) else [whole]

@@ -2,9 +2,9 @@
 
 import re
 from difflib import get_close_matches
-from pathlib import Path
 
 from desc import DescError
+from desc.files import read_text
 
 
 class Strategies(tuple[str, ...]):
@@ -48,11 +48,7 @@ def read_strategies(path: str | None) -> Strategies:
     Raises DescError where the file cannot be read, names fewer than two strategies, repeats one, or uses a bracket."""
     if path is None:
         return ESCONV
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DescError(f"--strategies {path}: cannot be read as UTF-8 text ({error})") from None
-    names = tuple(" ".join(line.split()) for line in lines if line.strip())
+    names = tuple(" ".join(line.split()) for line in read_text(path).splitlines() if line.strip())
     if len(names) < 2 or len({name.casefold() for name in names}) < len(names) or any(c in "[]" for name in names for c in name):
         raise DescError(f"--strategies {path}: wants two or more different names, one a line, without square brackets")
     return Strategies(names)
