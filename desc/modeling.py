@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from desc import DescError, attention, distributed, zoo
@@ -33,11 +33,13 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", em
         raise DescError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
     if not tokenizer.chat_template:
         raise DescError(f"--model {name}: has no chat template; use an instruct model")
-    _check_layers(config, name)
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd or not hasattr(config, "num_attention_heads"):
+        raise DescError(f"--model {name}: {', '.join(sorted(odd)) or config.model_type} layers cannot run on a prefix tree")
     kernel = attention.register()
     try:
         if empty:
-            with _weights_on_meta():
+            with register_module_parameter_registration_hook(_without_values):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True)
@@ -50,21 +52,10 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", em
     return (model if empty else model.to(device)).eval(), tokenizer
 
 
-@contextmanager
-def _weights_on_meta():
-    """Modules made within have parameters without values; buffers (of rotary embeddings, say) are computed as ever."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module, name, parameter):
-        if parameter is not None and not parameter.is_meta:  # a tied weight is on meta already, and must stay one with its twin
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+def _without_values(module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    """As a hook: parameters get no values, whereas buffers (of rotary embeddings, say) are computed as ever."""
+    if not parameter.is_meta:  # a tied weight is on meta already, and must stay one with its twin
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
 
 def read_weights(model) -> None:
@@ -87,12 +78,6 @@ def read_weights(model) -> None:
     model.load_state_dict(read, strict=False, assign=True)
     if missing := [name for name, p in model.named_parameters() if p.is_meta]:
         raise DescError(f"{folder}: its safetensors files lack {', '.join(missing[:3])} …; only one process can run this model")
-
-
-def _check_layers(config, name: str) -> None:
-    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if odd or not hasattr(config, "num_attention_heads"):
-        raise DescError(f"--model {name}: {', '.join(sorted(odd)) or config.model_type} layers cannot run on a prefix tree")
 
 
 def compile_layers(model) -> None:
