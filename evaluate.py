@@ -32,7 +32,6 @@ from desc.modeling import load
 from desc.report import FREQUENCIES, frequency_row, summarise, tables
 from desc.strategies import read_strategies
 from desc.systems import answer, criticise, find_systems, load_systems
-from desc.training import take
 
 
 @dataclass
@@ -67,8 +66,8 @@ def main():
     folder, systems = Path(config.out) / "eval", find_systems(config)
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
-    test = take(splits["test"], config.eval_dialogues)
-    answered = {d.id for d in take(test, config.reply_dialogues)} if config.reply_dialogues >= 0 else set()
+    test = splits["test"][: config.eval_dialogues or None]
+    answered = {d.id for d in test[: config.reply_dialogues or None]} if config.reply_dialogues >= 0 else set()
     if config.report:
         page.load_matplotlib()  # if it is missing, say so now
     ratings = folder / "ratings.csv"

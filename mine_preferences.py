@@ -31,7 +31,6 @@ from desc.modeling import load
 from desc.report import mining_table
 from desc.sampling import EndpointSampler, LocalSampler
 from desc.strategies import read_strategies
-from desc.training import take
 
 
 @dataclass
@@ -63,8 +62,8 @@ def main():
     endpoint = Endpoint.of(config) if "endpoint" in (config.annotator, config.sampler) else None
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
-    work = [("train", d) for d in take(splits["train"], config.train_dialogues)]
-    work += [("valid", d) for d in take(splits["valid"], config.eval_dialogues)]
+    work = [("train", d) for d in splits["train"][: config.train_dialogues or None]]
+    work += [("valid", d) for d in splits["valid"][: config.eval_dialogues or None]]
 
     local = config.annotator == "local" or (config.sampler == "local" and not config.agreement)
     model, tokenizer = load(config.model, config.torch_dtype, device) if local else (None, None)

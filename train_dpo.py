@@ -27,7 +27,7 @@ from desc.mining import Pair, encode_pair, read_pairs
 from desc.modeling import load, sequence_logps
 from desc.plan import plan
 from desc.strategies import Strategies, read_strategies
-from desc.training import ahead, all_batches, begin_step, due, finish, make_batches, planner_scores, start, survive, take, update, validated
+from desc.training import ahead, all_batches, begin_step, due, finish, make_batches, planner_scores, start, survive, update, validated
 from desc.tree import Forest, pack
 
 BETA = {"sp": 0.5, "rg": 0.2, "vanilla": 0.2}
@@ -96,9 +96,9 @@ def main():
     config.beta = BETA[config.task] if config.beta is None else config.beta
     source = find_pairs(config)
     strategies = read_strategies(config.strategies)
-    valid = take(load_splits(config.data, config.split_file, strategies, config.seed)["valid"], config.eval_dialogues)
+    valid = load_splits(config.data, config.split_file, strategies, config.seed)["valid"][: config.eval_dialogues or None]
     pairs = read_pairs(source / "pairs.jsonl", config.task)
-    valid_pairs = take(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
+    valid_pairs = read_pairs(source / "pairs.valid.jsonl", config.task)[: config.eval_pairs or None]
     model, tokenizer = load(config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0)
 
     def encode_all(batch: list[Pair]) -> list[Item]:

@@ -23,7 +23,7 @@ from desc.modeling import load, sequence_logps
 from desc.plan import plan
 from desc.prompts import TASKS, Example, build_examples
 from desc.strategies import Strategies, read_strategies
-from desc.training import ahead, all_batches, begin_step, due, finish, planner_scores, start, survive, take, update, validated
+from desc.training import ahead, all_batches, begin_step, due, finish, planner_scores, start, survive, update, validated
 from desc.tree import pack
 
 
@@ -41,7 +41,7 @@ class SFTConfig(cli.TrainConfig):
 def find_examples(config: SFTConfig, splits: dict[str, list[Dialogue]], strategies: Strategies) -> tuple[list[Example], list[Example]]:
     """To train and to validate on."""
     if config.task != "annotate":
-        parts = take(splits["train"], config.train_dialogues), take(splits["valid"], config.eval_dialogues)
+        parts = splits["train"][: config.train_dialogues or None], splits["valid"][: config.eval_dialogues or None]
         return tuple(build_examples(config.task, part, strategies) for part in parts)
     if not config.labels:
         raise DescError("--task annotate learns from labelled turns: give --labels FILE")
@@ -68,7 +68,7 @@ def main():
     device = distributed.setup()
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
-    valid = take(splits["valid"], config.eval_dialogues)
+    valid = splits["valid"][: config.eval_dialogues or None]
     examples, valid_examples = find_examples(config, splits, strategies)
     model, tokenizer = load(config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0)
 

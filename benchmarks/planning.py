@@ -21,7 +21,6 @@ from desc.modeling import load
 from desc.prompts import build_messages
 from desc.sampling import score_strategies
 from desc.strategies import read_strategies
-from desc.training import take
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Config(cli.DataConfig):
 def main():
     config = cli.parse(Config)
     strategies = read_strategies(config.strategies)
-    test = take(load_splits(config.data, config.split_file, strategies, config.seed)["test"], config.eval_dialogues)
+    test = load_splits(config.data, config.split_file, strategies, config.seed)["test"][: config.eval_dialogues or None]
     model, tokenizer = load(config.model, config.torch_dtype, "cuda" if torch.cuda.is_available() else "cpu")
     if cli.find_adapter(Path(config.out) / "sp" / "sft", "the base model plans"):
         load_adapter(model, Path(config.out) / "sp" / "sft", "sp")

@@ -247,11 +247,6 @@ def finish(run: Run, model, config: TrainConfig) -> None:
     print(f"best validation score {run.best:.4f}; the adapter that later steps find ({config.keep}) is in {run.folder}")
 
 
-def take(things: list[Thing], count: int) -> list[Thing]:
-    """The first `count`; all where it is 0."""
-    return things[:count] if count else things
-
-
 def planner_scores(model, tokenizer, config: TrainConfig, dialogues: list[Dialogue], strategies: Strategies) -> dict[str, float]:
     """The planner's exact scores on dialogues: negative log-likelihood of the gold strategy at T = 1, and accuracy, Q and B of the
     confusion matrix that sampling at the paper's T 0.7, top_p 0.95 has on average."""
