@@ -19,7 +19,7 @@ from desc import DescError, cli, distributed
 from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
 from desc.files import write_json
-from desc.lora import adapter_only, load_adapter
+from desc.lora import adapter_only
 from desc.modeling import load
 from desc.prompts import build_messages
 from desc.safety import CRISIS, OPENING, in_danger
@@ -39,8 +39,8 @@ def attach(model, out: str) -> dict[str, list[str]]:
     stages = {"sp": [], "rg": []}
     for module, stage in product(stages, ("dpo", "sft")):
         folder = Path(out) / module / stage
-        if (module == "rg" or not stages["sp"]) and cli.find_adapter(folder, f"train_{stage}.py --task {module} makes one"):
-            load_adapter(model, folder, f"{module}-{stage}")
+        wanted = module == "rg" or not stages["sp"]
+        if wanted and cli.use_adapter(model, folder, f"{module}-{stage}", f"train_{stage}.py --task {module} makes one"):
             stages[module].append(stage)
     return {module: found or ["base"] for module, found in stages.items()}
 

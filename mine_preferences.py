@@ -25,7 +25,7 @@ from desc.esconv import load_splits
 from desc.files import write_json, write_lines
 from desc.journal import Journal, key
 from desc.judging import make_annotator
-from desc.lora import digest, load_adapter
+from desc.lora import digest
 from desc.mining import ROUTINGS, Answer, account, answer_dialogue, judge, route
 from desc.modeling import load
 from desc.report import mining_table
@@ -73,8 +73,8 @@ def main():
     modules = ("sp", "rg") if together else (config.task,)
     if config.sampler == "local":
         for module in modules:
-            if cli.find_adapter(Path(config.out) / module / "sft", f"mines the base model; first run train_sft.py --task {module}"):
-                load_adapter(model, Path(config.out) / module / "sft", module)
+            otherwise = f"mines the base model; first run train_sft.py --task {module}"
+            cli.use_adapter(model, Path(config.out) / module / "sft", module, otherwise)
         sampler = LocalSampler(model, tokenizer, config, strategies)
     else:
         sampler = EndpointSampler(endpoint, config, strategies)

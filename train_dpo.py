@@ -21,14 +21,14 @@ import torch
 from desc import cli, distributed
 from desc.encoding import Item, mark_loss
 from desc.esconv import Dialogue, load_splits
-from desc.lora import adapter_off, add_adapter, digest, load_adapter
+from desc.lora import adapter_off, add_adapter, digest
 from desc.losses import dpo_loss
 from desc.mining import Pair, encode_pair, read_pairs
 from desc.modeling import load, sequence_logps
 from desc.plan import plan
 from desc.strategies import Strategies, read_strategies
 from desc.training import ahead, all_batches, begin_step, due, finish, make_batches, planner_scores, start, survive, update, validated
-from desc.tree import Forest, pack
+from desc.tree import Forest
 
 BETA = {"sp": 0.5, "rg": 0.2, "vanilla": 0.2}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
@@ -107,14 +107,13 @@ def main():
     def prepare(batch: list[Pair]):
         """The whole batch and this rank's micro-batches of it."""
         items = encode_all(batch)
-        return items, distributed.portion(model, pack(items, config.share, config.max_tokens, distributed.size()))
+        return items, distributed.portion(model, items, config.share, config.max_tokens)
 
     if config.show_example:
         return print("\n\n".join(mark_loss(tokenizer, sequence) for sequence in encode_all(pairs[:1])[0].sequences))
     sft = Path(config.sft) if config.sft else config.folder / "sft"
     otherwise = None if config.sft else f"the reference is the base model; first run train_sft.py --task {config.task}"
-    if cli.find_adapter(sft, otherwise):
-        load_adapter(model, sft, "sft")
+    cli.use_adapter(model, sft, "sft", otherwise)
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout)
     if config.plan:

@@ -24,7 +24,6 @@ from desc.plan import plan
 from desc.prompts import TASKS, Example, build_examples
 from desc.strategies import Strategies, read_strategies
 from desc.training import ahead, all_batches, begin_step, due, finish, planner_scores, start, survive, update, validated
-from desc.tree import pack
 
 
 @dataclass
@@ -57,7 +56,7 @@ def validate(model, tokenizer, config: SFTConfig, items: list[Item], dialogues: 
     """The loss a token on validation turns; where the module plans, the exact scores of its strategies too."""
     model.eval()
     total = torch.zeros((), device=model.device)
-    for _, forest in distributed.portion(model, pack(items, config.share, config.max_tokens, distributed.size())):
+    for _, forest in distributed.portion(model, items, config.share, config.max_tokens):
         total += sft_loss(sequence_logps(model, forest), sum(len(item.sequences[0].completion) for item in items))
     scores = {} if config.task in ("rg", "annotate") else planner_scores(model, tokenizer, config, dialogues, strategies)
     return {"valid/loss": float(distributed.total(total)), **scores}
@@ -78,7 +77,7 @@ def main():
     def prepare(batch: list[Example]):
         """The whole batch, which says what to divide by, and this rank's micro-batches of it."""
         items = encode_all(batch)
-        return items, distributed.portion(model, pack(items, config.share, config.max_tokens, distributed.size()))
+        return items, distributed.portion(model, items, config.share, config.max_tokens)
 
     if config.show_example:
         return print(mark_loss(tokenizer, encode_all(examples[:1])[0].sequences[0]))

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from desc import cli
 from desc.encoding import encode_prompt
 from desc.esconv import load_splits
-from desc.lora import load_adapter
 from desc.modeling import load
 from desc.prompts import build_messages
 from desc.sampling import score_strategies
@@ -33,8 +32,7 @@ def main():
     strategies = read_strategies(config.strategies)
     test = load_splits(config.data, config.split_file, strategies, config.seed)["test"][: config.eval_dialogues or None]
     model, tokenizer = load(config.model, config.torch_dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    if cli.find_adapter(Path(config.out) / "sp" / "sft", "the base model plans"):
-        load_adapter(model, Path(config.out) / "sp" / "sft", "sp")
+    cli.use_adapter(model, Path(config.out) / "sp" / "sft", "sp", "the base model plans")
 
     score_strategies(model, tokenizer, "sp", test[:1], strategies, config.max_length, config.max_tokens)  # warm
     begin = now()

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from desc import DescError, __version__, distributed
 from desc.files import write_json
-from desc.lora import CONFIG, save_adapter
+from desc.lora import CONFIG, load_adapter, save_adapter
 from desc.prompts import TASKS
 from desc.tree import SHARING
 
@@ -137,12 +137,13 @@ def telling(config, *silent: str) -> dict:
     return {name: value for name, value in asdict(config).items() if name not in silent}
 
 
-def find_adapter(folder: Path, otherwise: str | None) -> bool:
-    """Whether an adapter lies in `folder`. Says so, or what happens `otherwise`.
+def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) -> bool:
+    """Attach the adapter in `folder`, frozen; whether there is one. Says so, or what happens `otherwise`.
 
     Raises DescError where there is none and `otherwise` is None."""
     if (folder / CONFIG).exists():
         print(f"uses the adapter {folder}")
+        load_adapter(model, folder, name)
         return True
     if otherwise is None:
         raise DescError(f"finds no adapter in {folder}")

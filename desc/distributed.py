@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from desc.tree import deal
+from desc.encoding import Item
+from desc.tree import Forest, deal, pack
 
 
 def rank() -> int:
@@ -58,8 +59,9 @@ def sharded(model) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def portion(model, batches: list) -> list:
-    """This rank's part of some micro-batches, on its device: all of them, unless the model is sharded."""
+def portion(model, items: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item], Forest]]:
+    """This rank's micro-batches of some items (tree.pack), on its device: all of them, unless the model is sharded."""
+    batches = pack(items, share, max_tokens, size() if sharded(model) else 1)
     mine = deal(batches, size())[rank()] if sharded(model) else batches
     return [(members, forest.to(model.device)) for members, forest in mine]
 

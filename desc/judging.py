@@ -18,7 +18,7 @@ from desc import cli
 from desc.encoding import encode
 from desc.endpoint import Endpoint
 from desc.esconv import Dialogue, Turn
-from desc.lora import adapter_only, load_adapter
+from desc.lora import adapter_only
 from desc.prompts import Messages
 from desc.sampling import score
 
@@ -102,9 +102,8 @@ def make_annotator(config, model, tokenizer, endpoint: Endpoint | None) -> Annot
         return endpoint_annotator(endpoint)
     if config.annotator == "none":
         return None
-    folder = Path(config.out) / "annotate" / "sft"
-    if cli.find_adapter(folder, "the base model judges; train_sft.py --task annotate makes a better annotator"):
-        load_adapter(model, folder, "annotate")
+    otherwise = "the base model judges; train_sft.py --task annotate makes a better annotator"
+    cli.use_adapter(model, Path(config.out) / "annotate" / "sft", "annotate", otherwise)
     return local_annotator(model, tokenizer, config)
 
 

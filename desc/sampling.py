@@ -17,7 +17,7 @@ from desc.lora import adapter_only
 from desc.modeling import forward, sequence_logps, tree_mask
 from desc.prompts import build_messages
 from desc.strategies import ESCONV, Strategies
-from desc.tree import grow, pack, sees
+from desc.tree import grow, sees
 
 
 def seeded(*parts) -> torch.Generator:
@@ -44,8 +44,8 @@ def score_strategies(
 @torch.no_grad()
 def score(model, items: list[Item], max_tokens: int) -> torch.Tensor:
     """log p(completion | prompt), normalised over each item's K completions: (len(items), K) fp32. Items are told apart by id."""
-    scored, ranks = [], distributed.size() if distributed.sharded(model) else 1
-    for members, forest in distributed.portion(model, pack(items, "dialogue", max_tokens, ranks)):
+    scored = []
+    for members, forest in distributed.portion(model, items, "dialogue", max_tokens):
         logps = sequence_logps(model, forest).view(len(members), len(items[0].sequences)).log_softmax(-1).cpu()
         scored += zip((item.id for item in members), logps)
     rows = dict(chain(*distributed.collect(scored))) if distributed.sharded(model) else dict(scored)

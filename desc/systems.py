@@ -6,7 +6,7 @@ from pathlib import Path
 from desc import DescError, cli
 from desc.esconv import Dialogue
 from desc.judging import Annotator, Case, Judge, contest, rate
-from desc.lora import adapter_only, digest, load_adapter
+from desc.lora import adapter_only, digest
 from desc.report import FREQUENCIES
 from desc.sampling import draw_strategies, score_strategies, write_dialogue
 from desc.strategies import Strategies
@@ -41,8 +41,7 @@ def load_systems(model, systems: dict[str, dict[str, str]]) -> dict[str, dict[st
     for modules in systems.values():
         for module, folder in modules.items():
             if folder not in attached and (module, folder) != ("sp", "gold"):
-                cli.find_adapter(Path(folder), None)
-                load_adapter(model, folder, attached.setdefault(folder, f"adapter{len(attached)}"))
+                cli.use_adapter(model, Path(folder), attached.setdefault(folder, f"adapter{len(attached)}"))
     return {name: {module: attached.get(folder) for module, folder in modules.items()} for name, modules in systems.items()}
 
 
