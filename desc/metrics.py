@@ -233,22 +233,22 @@ def near_copies(replies: Sequence[str], least: float = 0.9) -> float:
     return float(alike.any(1).mean()) if len(bags) else 0.0
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """1 … n; equal values share the mean of their ranks."""
-    values = np.asarray(values, float)
-    return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
+def signs(values: Sequence[float]) -> np.ndarray:
+    """(n, n): whether value i is above (1), below (−1) or equal to (0) value j. The sum of row i is i's rank, twice, about the mean."""
+    return np.sign(np.subtract.outer(values, values))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation ρ, −1 … 1: Pearson's of the ranks; nan where one side is constant."""
-    x, y = (ranks(values) - (len(values) + 1) / 2 for values in (a, b))
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm else float("nan")
+    """Rank correlation ρ, −1 … 1; equal values share the mean of their ranks; nan where one side is constant."""
+    return cosine(signs(a).sum(1), signs(b).sum(1))
 
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation τ_b, −1 … 1, which allows for ties; nan where one side is constant."""
-    x, y = (np.sign(np.subtract.outer(values, values)) for values in (a, b))
+    return cosine(signs(a), signs(b))
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float:
     norm = np.sqrt((x * x).sum() * (y * y).sum())
     return float((x * y).sum() / norm) if norm else float("nan")
 
