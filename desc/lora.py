@@ -171,13 +171,6 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
-def _targeted(name: str, targets: list[str] | str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
 def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """An adapter's configuration and tensors; DescError where it is broken or anything but plain LoRA."""
     try:
@@ -215,7 +208,9 @@ def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) 
         shapes = {"A": (config["r"], layer.in_features), "B": (layer.out_features, config["r"])}
         if {key: tuple(tensor.shape) for key, tensor in half.items()} != shapes:
             raise DescError(f"{folder}: {module_name} has other shapes than this model's {shapes}; is it for another model?")
-    wanted = {n for n, m in modules.items() if isinstance(m, nn.Linear) and _targeted(n, config["target_modules"])}
+    targets = config["target_modules"]  # PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names
+    rule = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+    wanted = {n for n, m in modules.items() if isinstance(m, nn.Linear) and re.fullmatch(rule, n)}
     some = config.get("layers_to_transform") is not None or config.get("exclude_modules")  # PEFT was told to leave layers out
     if missing := ["any layer"] if not halves else [] if some else wanted - halves.keys():
         raise DescError(f"{folder}: has no weights for {', '.join(sorted(missing))}")
