@@ -132,9 +132,9 @@ def frequency_row(train: list[Dialogue], test: list[Dialogue], strategies: Strat
     counts = Counter(turn.strategy for dialogue in train for turn in dialogue.turns[1::2])
     frequencies = np.array([counts[name] for name in strategies]) / counts.total()
     gold = [turn.strategy for dialogue in test for turn in dialogue.turns[1::2]]
-    expected = expected_confusion(np.tile(frequencies, (len(gold), 1)), gold, strategies)
+    always = np.tile(frequencies, (len(gold), 1))
+    expected, logps = expected_confusion(always, gold, strategies), np.log(np.maximum(always, 1e-12))
     scores = scores_of_confusion(expected)
-    logps = np.log(np.maximum(np.tile(frequencies, (len(gold), 1)), 1e-12))
     row = {"accuracy": 100 * scores.accuracy, "Q": 100 * scores.macro_f1, "Q_W": 100 * scores.weighted_f1}
     row |= {"B expected": bias_of_confusion(expected).bias, "nll": negative_log_likelihood(logps, gold, strategies)}
     return {"turns": len(gold)} | {column: float(value) for column, value in row.items()}
