@@ -63,7 +63,7 @@ def read_labels(path: str | Path, dialogues: list[Dialogue], strategies: Strateg
         try:
             label = known.get(record["Error Type" if published else "label"])
             if turn:
-                name, k, history = turn[0].id, turn[1], turn[0].turns[: 2 * turn[1] + 1]
+                name, k, history = turn[0].id, turn[1], turn[0].history(turn[1])
                 reply = strategies.split_tag(record["response"])[1]
             else:
                 name, k, reply = str(record["dialogue"]), record["turn"], record["response"]
@@ -125,7 +125,7 @@ def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int,
 
 
 def context_of(dialogue: Dialogue, turn: int) -> str:
-    return "\n".join(f"{now.speaker}: {now.text}" for now in dialogue.turns[: 2 * turn + 1][-SHOWN:])
+    return "\n".join(f"{now.speaker}: {now.text}" for now in dialogue.history(turn)[-SHOWN:])
 
 
 def write_table(path: Path, rows: list[Sequence]) -> None:

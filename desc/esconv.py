@@ -35,6 +35,10 @@ class Dialogue:
     def supporter(self, turn: int) -> Turn:
         return self.turns[2 * turn + 1]
 
+    def history(self, turn: int) -> tuple[Turn, ...]:
+        """What supporter turn `turn` answers; the seeker's words are its last."""
+        return self.turns[: 2 * turn + 1]
+
 
 def alternate(utterances: list[Turn]) -> tuple[Turn, ...]:
     """Make the speakers alternate as the paper's released preprocessing does.

@@ -31,16 +31,12 @@ BY_JSON = (
     'Answer with one JSON object and nothing else: {"error": the name of the error or "none", "explanation": one sentence, '
     '"confidence": from 0 to 1}'
 )
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "error": {"type": "string", "enum": list(LABELS)},
-        "explanation": {"type": "string"},
-        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
-    },
-    "required": ["error", "explanation", "confidence"],
-    "additionalProperties": False,
+FIELDS = {
+    "error": {"type": "string", "enum": list(LABELS)},
+    "explanation": {"type": "string"},
+    "confidence": {"type": "number", "minimum": 0, "maximum": 1},
 }
+SCHEMA = {"type": "object", "properties": FIELDS, "required": list(FIELDS), "additionalProperties": False}
 # Chat templates' own marks ("<|im_end|>", "</s>", "[INST]"): in JSON they may as well be written as escapes.
 MARK = re.compile(r"<(?=[|｜/A-Za-z])|\[(?=/?[A-Z_]+\])")
 
@@ -172,7 +168,7 @@ def rubric_messages(rubric: str, dialogue: Dialogue, turn: int, replies: dict[st
     if len(replies) > 1:
         wanted = "Which of A and B is better in this respect? Answer with A, B or tie and nothing else."
     lines = [("human supporter's reply", dialogue.supporter(turn).text), *replies.items()]
-    return flat_messages(" ".join([texts["guide"], texts[rubric]["asks"], wanted]), dialogue.turns[: 2 * turn + 1], lines)
+    return flat_messages(" ".join([texts["guide"], texts[rubric]["asks"], wanted]), dialogue.history(turn), lines)
 
 
 def rate(judge: Judge, dialogue: Dialogue, replies: list[str]) -> tuple[list[dict[str, float | None]], list[dict]]:

@@ -101,13 +101,9 @@ def answer_dialogue(sampler, task: str, routing: str, dialogue: Dialogue, sample
 
 def judge(annotator: Annotator, routing: str, dialogue: Dialogue, answers: list[Answer]) -> list[Answer]:
     """The answers with their judgements; as released, those of the human answers too. Equal answers to a turn are judged once."""
-
-    def case(turn: int, strategy: str, reply: str) -> Case:
-        return Case(dialogue.turns[: 2 * turn + 1], strategy, reply)
-
-    theirs = {a: case(a.turn, a.strategy, a.reply) for a in answers if a.reply and a.strategy}
-    gold = {a.turn: dialogue.supporter(a.turn) for a in theirs}
-    ours = {turn: case(turn, human.strategy, human.text) for turn, human in gold.items()} if routing == "released" else {}
+    theirs = {a: Case(dialogue.history(a.turn), a.strategy, a.reply) for a in answers if a.reply and a.strategy}
+    gold = {a.turn: dialogue.supporter(a.turn) for a in theirs if routing == "released"}
+    ours = {turn: Case(dialogue.history(turn), human.strategy, human.text) for turn, human in gold.items()}
     cases = [*theirs.values(), *ours.values()]
     judged = annotator(cases) if cases else []
     of_answer, of_human = dict(zip(theirs, judged)), dict(zip(ours, judged[len(theirs) :]))

@@ -42,17 +42,18 @@ class Example:
 
 def build_messages(task: str, dialogue: Dialogue, turn: int, strategy: str | None = None, strategies: Strategies = ESCONV) -> Messages:
     """What the module of `task` reads before supporter turn `turn`, with the human history. `strategy` is for rg alone."""
-    history = dialogue.turns[: 2 * turn + 1]
+    history = dialogue.history(turn)
     if task == "sp":
         # A line that looks like a turn's beginning is broken by a blank, so that drop_oldest finds turns alone.
         flat = "".join(f"{now.speaker}: {now.text}".replace("\nseeker: ", "\nseeker : ") + "\n" for now in history)
-        return [_message("system", PLANNER.format(names=", ".join(strategies))), _message("user", flat)]
+        return [{"role": "system", "content": PLANNER.format(names=", ".join(strategies))}, {"role": "user", "content": flat}]
     if task == "rg":
         system = RESPONDER.format(names=", ".join(strategies), strategy=strategy)
     else:
         system = VANILLA.format(names=", ".join(f"[{name}]" for name in strategies))
     said = [now.text if now.speaker == "seeker" else build_completion(task, now.strategy, now.text) for now in history]
-    return [_message("system", system)] + [_message(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
+    roles = ["system", *("user" if now.speaker == "seeker" else "assistant" for now in history)]
+    return [{"role": role, "content": text} for role, text in zip(roles, [system, *said])]
 
 
 def build_completion(task: str, strategy: str, reply: str) -> str:
@@ -60,16 +61,11 @@ def build_completion(task: str, strategy: str, reply: str) -> str:
     return {"sp": strategy, "rg": reply, "vanilla": f"[{strategy}] {reply}"}[task]
 
 
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
 def build_examples(task: str, dialogues: list[Dialogue], strategies: Strategies = ESCONV) -> list[Example]:
     """Every supporter turn of every dialogue, with the human answer as its completion."""
     examples = []
     for dialogue in dialogues:
-        for turn in range(len(dialogue)):
-            gold = dialogue.supporter(turn)
+        for turn, gold in enumerate(dialogue.turns[1::2]):
             messages = build_messages(task, dialogue, turn, gold.strategy, strategies)
             examples.append(Example(dialogue.id, turn, messages, build_completion(task, gold.strategy, gold.text)))
     return examples
@@ -82,4 +78,4 @@ def drop_oldest(messages: Messages) -> Messages | None:
     system, user = messages
     flat = user["content"]
     second = flat.find("\nseeker: ") if flat.endswith("\n") else -1  # only sp's flattened history ends in a line break
-    return None if second < 0 else [system, _message("user", flat[second + 1 :])]
+    return None if second < 0 else [system, {"role": "user", "content": flat[second + 1 :]}]

@@ -81,7 +81,7 @@ def criticise(annotator: Annotator | None, judge: Judge | None, dialogue: Dialog
     for name, record in said.items():
         replies = record["replies"]
         if annotator and replies:
-            cases = [Case(dialogue.turns[: 2 * turn + 1], record["followed"][turn], reply) for turn, reply in enumerate(replies)]
+            cases = [Case(dialogue.history(turn), record["followed"][turn], reply) for turn, reply in enumerate(replies)]
             record["judged"] = [asdict(judged) for judged in annotator(cases)]
         if judge and replies:
             record["ratings"], lines = rate(judge, dialogue, replies)
