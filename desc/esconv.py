@@ -68,7 +68,15 @@ def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Di
         records = _field(records[0], "dialogues", list, str(path))
     if not records:
         raise DescError(f"{path}: holds no dialogue")
-    return [_dialogue(record, str(i), f"{path}: dialogue {i}", strategies) for i, record in enumerate(records)]
+    dialogues = []
+    for i, record in enumerate(records):
+        where = f"{path}: dialogue {i}"
+        said = _field(record, "dialog", list, where)
+        turns = alternate([_utterance(one, f"{where}, utterance {k}", strategies) for k, one in enumerate(said)])
+        if not turns:
+            raise DescError(f"{where}: field 'dialog' has no supporter utterance")
+        dialogues.append(Dialogue(str(i), turns))
+    return dialogues
 
 
 def _kind(value) -> str:
@@ -86,14 +94,6 @@ def _field(record, name: str, kind: type, where: str):
     if kind is str and any("\ud800" <= c <= "\udfff" for c in record[name]):
         raise DescError(f"{where}: field {name!r} holds half a surrogate pair, which is no Unicode text")
     return record[name]
-
-
-def _dialogue(record, name: str, where: str, strategies: Strategies) -> Dialogue:
-    utterances = _field(record, "dialog", list, where)
-    turns = alternate([_utterance(u, f"{where}, utterance {i}", strategies) for i, u in enumerate(utterances)])
-    if not turns:
-        raise DescError(f"{where}: field 'dialog' has no supporter utterance")
-    return Dialogue(name, turns)
 
 
 def _utterance(record, where: str, strategies: Strategies) -> Turn:
