@@ -39,10 +39,8 @@ class Forest:
         """On its way to a GPU it is padded, for FlexAttention is compiled for few lengths, and pinned, so that no one waits for the copy."""
         if self.ids.device == device:
             return self
-        forest = pad(self, PADDING) if device.type == "cuda" else self
-        tensors = [getattr(forest, f.name) for f in fields(self)[:-1]]
-        if device.type == "cuda":
-            tensors = [tensor.pin_memory() for tensor in tensors]
+        forest = pad(self, PADDING)
+        tensors = (getattr(forest, f.name).pin_memory() for f in fields(self)[:-1])
         return Forest(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.size)
 
 
@@ -145,10 +143,9 @@ def pad(forest: Forest, multiple: int) -> Forest:
     """Lone nodes after the last, up to a multiple, so that kernels compiled for a length meet few of them. No number changes."""
     nodes = len(forest.ids)
     extra = -nodes % multiple
-    zeros = forest.ids.new_zeros(extra)
+    ids, depth = (torch.nn.functional.pad(values, (0, extra)) for values in (forest.ids, forest.depth))
     ends = torch.arange(nodes + 1, nodes + extra + 1, device=forest.ids.device)
-    ids, depth, end = (torch.cat(parts) for parts in ((forest.ids, zeros), (forest.depth, zeros), (forest.end, ends)))
-    return replace(forest, ids=ids, depth=depth, end=end)
+    return replace(forest, ids=ids, depth=depth, end=torch.cat([forest.end, ends]))
 
 
 def sees(forest: Forest, window: int | None = None):
