@@ -44,15 +44,10 @@ def shard(model, device: torch.device) -> None:
     """Split every weight over the ranks (FSDP2): one unit a decoder layer, one of embeddings, last norm and head, which may be tied.
 
     Gathered and used in the base model's dtype, gradients averaged in fp32; what the optimizer holds of the adapters stays fp32."""
-    decoder = model.model
-    settings = {
-        "mesh": init_device_mesh(device.type, (size(),)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32),
-    }
-    for layer in decoder.layers:
-        fully_shard(layer, **settings)
-    fully_shard([decoder.embed_tokens, decoder.norm, model.lm_head], **settings)
-    fully_shard(model, **settings)
+    mesh, decoder = init_device_mesh(device.type, (size(),)), model.model
+    policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
+    for unit in (*decoder.layers, [decoder.embed_tokens, decoder.norm, model.lm_head], model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
 
 
 def sharded(model) -> bool:
