@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -29,23 +28,22 @@ from desc.sampling import score_strategies, temper
 from desc.strategies import Strategies
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step
-Thing = TypeVar("Thing")  # an Example or a Pair: whatever has a .dialogue
 
 
-def make_batches(things: list[Thing], batch_size: int, share: str, seed: int, epoch: int) -> list[list[Thing]]:
-    """A shuffled epoch. Sharing by dialogue keeps a dialogue's turns together, for a dialogue cut in two is read twice: a batch is
+def make_batches(things: list, batch_size: int, share: str, seed: int, epoch: int) -> list[list]:
+    """A shuffled epoch of examples or pairs. Sharing by dialogue keeps a dialogue's turns together, for a dialogue cut in two is read twice: a batch is
     then whole dialogues, closed when one more would take it further from `batch_size`."""
     shuffle = random.Random(f"{seed}/{epoch}").shuffle
     if share != "dialogue":
         things = list(things)
         shuffle(things)
         return [things[i : i + batch_size] for i in range(0, len(things), batch_size)]
-    dialogues: dict[str, list[Thing]] = {}
+    dialogues: dict[str, list] = {}
     for thing in things:
         dialogues.setdefault(thing.dialogue, []).append(thing)
     groups = list(dialogues.values())
     shuffle(groups)
-    batches: list[list[Thing]] = [[]]
+    batches: list[list] = [[]]
     for group in groups:
         size = len(batches[-1])
         if size and size + len(group) - batch_size > batch_size - size:
@@ -54,7 +52,7 @@ def make_batches(things: list[Thing], batch_size: int, share: str, seed: int, ep
     return batches
 
 
-def all_batches(things: list[Thing], config: TrainConfig) -> list[list[Thing]]:
+def all_batches(things: list, config: TrainConfig) -> list[list]:
     """Of all epochs, one after another."""
     return [b for epoch in range(config.epochs) for b in make_batches(things, config.batch_size, config.share, config.seed, epoch)]
 
@@ -85,7 +83,7 @@ class Run:
     asked_to_stop: bool = False
 
 
-def start(model, config: TrainConfig, things: list[Thing], folder: Path, device: torch.device, more: str = "") -> Run:
+def start(model, config: TrainConfig, things: list, folder: Path, device: torch.device, more: str = "") -> Run:
     """Plan the batches, shard the model if there are several ranks, make AdamW for the trainable parameters; go on from a checkpoint
     that an earlier run with the same configuration, the same `things` and the same `more` left in FOLDER/checkpoints.
 
