@@ -69,8 +69,8 @@ def score_reference(model, batches) -> dict[str, list[float]]:
 
 
 def look_up(known: dict[str, list[float]], members: list[Item], device: torch.device) -> torch.Tensor:
-    values = torch.tensor([logp for item in members for logp in known[item.id]])
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    values = [logp for item in members for logp in known[item.id]]
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def measure(policy: torch.Tensor, reference: torch.Tensor, config: DPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
