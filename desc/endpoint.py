@@ -27,9 +27,7 @@ class Endpoint:
         """As the flags say (a desc.cli.AskConfig), for this rank."""
         if not (config.endpoint and config.endpoint_model):
             raise DescError("an endpoint needs --endpoint URL and --endpoint-model NAME")
-        ranks, share = distributed.size(), None
-        if config.max_calls:
-            share = config.max_calls // ranks + (distributed.rank() < config.max_calls % ranks)
+        share = len(range(distributed.rank(), config.max_calls, distributed.size())) if config.max_calls else None
         return Endpoint(config.endpoint, config.endpoint_model, config.concurrency, config.timeout, share)
 
     def __init__(self, url: str, model: str, concurrency: int = 8, timeout: float = 120, max_calls: int | None = None, tries: int = 7):
@@ -37,7 +35,7 @@ class Endpoint:
         # Without a key any other word, or the client would send the token that is stored for the Hub.
         self.client = InferenceClient(base_url=url, token=self.key or "none", timeout=timeout)
         self.url, self.model, self.tries = url, model, tries
-        self.max_calls, self.calls, self.lock = max_calls, 0, threading.Lock()
+        self.max_calls, self.left = max_calls, threading.Semaphore(max_calls or 0)
         self.refused: set[str] = set()  # settings that this server does not know
         self.pool = ThreadPoolExecutor(concurrency)
 
@@ -49,7 +47,8 @@ class Endpoint:
         without: set[str] = set()
         for attempt in range(self.tries):
             known = {name: value for name, value in settings.items() if name not in self.refused | without}
-            self.count()
+            if self.max_calls is not None and not self.left.acquire(blocking=False):
+                raise DescError(f"--max-calls: {self.max_calls} are spent: run the same command again for as many more")
             try:
                 answer = self.client.chat_completion(messages, model=self.model.replace("{task}", task), **known)
                 said = answer.choices[0].message.content or ""
@@ -72,9 +71,3 @@ class Endpoint:
             if attempt + 1 < self.tries:
                 time.sleep(2**attempt * random.uniform(0.8, 1.2))
         raise DescError(f"{self.url} does not answer ({problem}), tried {self.tries} times: run the same command again when it does")
-
-    def count(self) -> None:
-        with self.lock:
-            if self.max_calls is not None and self.calls >= self.max_calls:
-                raise DescError(f"--max-calls: {self.max_calls} are spent: run the same command again for as many more")
-            self.calls += 1
