@@ -171,9 +171,7 @@ def update(run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], batch: 
     settle(run)
     values = [v.float() if torch.is_tensor(v) else torch.full((), float(v), device=norm.device) for v in sums.values()]
     values = torch.cat([distributed.total(torch.stack(values)), distributed.whole(norm)[None]]).to("cpu", non_blocking=True)
-    copied = torch.cuda.Event() if norm.is_cuda else None
-    if copied:
-        copied.record()
+    copied = torch.cuda.current_stream().record_event() if norm.is_cuda else None
     run.pending = run.step, rate, dict(zip([*sums, "grad_norm"], values)), copied, batch
 
 
