@@ -110,12 +110,11 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the description as it is."""
 
 
-RANGES = dict.fromkeys(["batch_size", "epochs", "rank", "max_length", "max_tokens", "max_new_tokens"], (1, math.inf))
-RANGES |= dict.fromkeys(["train_dialogues", "eval_dialogues", "eval_pairs", "eval_every", "save_every", "plan", "show"], (0, math.inf))
-RANGES |= {"reply_dialogues": (-1, math.inf), "lr": (0, math.inf), "temperature": (0, math.inf), "top_p": (1e-6, 1)}
-RANGES |= dict.fromkeys(["samples", "seeds", "concurrency", "timeout"], (1, math.inf)) | dict.fromkeys(["max_calls", "review"], (0, math.inf))
-RANGES |= dict.fromkeys(["seed"], (0, 2**32 - 1)) | dict.fromkeys(["min_confidence", "held_out"], (0, 1))
-RANGES |= {"dropout": (0, 0.99), "warmup": (0, 1), "label_smoothing": (0, 0.5)}
+POSITIVE = "batch_size epochs rank max_length max_tokens max_new_tokens samples seeds concurrency timeout"
+COUNTS = "train_dialogues eval_dialogues eval_pairs eval_every save_every plan show max_calls review"
+RANGES = dict.fromkeys(POSITIVE.split(), (1, math.inf)) | dict.fromkeys([*COUNTS.split(), "lr", "temperature"], (0, math.inf))
+RANGES |= dict.fromkeys(["warmup", "min_confidence", "held_out"], (0, 1)) | {"dropout": (0, 0.99), "label_smoothing": (0, 0.5)}
+RANGES |= {"reply_dialogues": (-1, math.inf), "seed": (0, 2**32 - 1), "top_p": (1e-6, 1)}
 
 
 def parse(kind):
