@@ -101,7 +101,7 @@ def main():
     facts = {"desc": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "test dialogues": len(test)}
     facts |= {"test data": key(*keys), **asdict(config), **settings}
     write_json(folder / "results.json", {"facts": facts, "systems": rows})
-    print(f"\n{len(test)} test dialogues of {config.data}; percent but for B, nll (nats), ratings (0 to 5) and length (words)\n\n{tables(rows)}")
+    print(f"\n{len(test)} test dialogues; percent but for B, nll (nats), ratings (0 to 5) and length (words)\n\n{tables(rows)}")
     if config.report:
         logs = {f"{name} {m}": Path(f) / "metrics.jsonl" for name, modules in systems.items() for m, f in modules.items()}
         curves = {name: read_lines(path) for name, path in logs.items() if path.parent.name == "dpo" and path.exists()}

@@ -50,8 +50,8 @@ def main():
         same += strategies.parse(tokenizer.decode(written, skip_special_tokens=True)) == likeliest[i]
     each = (now() - begin) / len(some)
     print(f"exact distribution  {exact:7.1f} s for {len(places)} turns, {len(places) / exact:.1f} turns/s")
-    print(f"turn by turn        {each * len(some):7.1f} s for {len(some)} turns, {1 / each:.1f} turns/s; all would take {each * len(places):.0f} s")
-    print(f"ratio {each * len(places) / exact:.1f}; {same} of {len(some)} written strategies are the likeliest")
+    print(f"turn by turn        {each * len(some):7.1f} s for {len(some)} turns, {1 / each:.1f} turns/s")
+    print(f"all {len(places)} would take {each * len(places):.0f} s, {each * len(places) / exact:.1f} times as long; {same} of {len(some)} written strategies are the likeliest")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class SampleConfig(Config):
 class AskConfig(DataConfig):
     """Flags of the scripts that may ask a server, or a local annotator."""
 
-    annotator: Literal["none", "local", "endpoint"] = flag("none", "who says what is wrong with an answer: nobody, --model with OUT/annotate/sft, --endpoint")
+    annotator: Literal["none", "local", "endpoint"] = flag("none", "who names errors: nobody, --model with OUT/annotate/sft, --endpoint")
     endpoint: str | None = flag(None, "URL of a server that speaks OpenAI's protocol; a key is read from $DESC_API_KEY alone")
     endpoint_model: str = flag("", "the model's name there; {task} in it stands for sp, rg, vanilla, annotate or judge")
     concurrency: int = flag(8, "calls to the endpoint at a time")

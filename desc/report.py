@@ -14,9 +14,9 @@ from desc.sampling import temper
 from desc.strategies import Strategies
 
 PLAN = ("accuracy", "greedy", "top-2", "top-3", "Q", "Q_W", "B", "B greedy", "B expected", "nll", "ece", "invalid")
-TEXT = ("distinct-1", "bleu-1", "f1", "rouge-l", "length", "self-repetition", "near-copies", "corpus distinct-1", "corpus bleu-4", "faultless")
+TEXT = ("distinct-1", "bleu-1", "f1", "rouge-l", "length", "self-repetition", "near-copies", "corpus distinct-1", "corpus bleu-4")
 FREQUENCIES = "training frequencies"  # the row of a planner that knows nothing of the context
-JUDGED = (*RUBRICS, *(f"{rubric} wins" for rubric in RUBRICS), "ties", "first shown", "unreadable")
+JUDGED = ("faultless", *RUBRICS, *(f"{rubric} wins" for rubric in RUBRICS), "ties", "first shown", "unreadable")
 
 
 def count_plans(record: dict, strategies: Strategies, config) -> dict[str, np.ndarray]:
@@ -160,7 +160,7 @@ def tables(rows: dict[str, dict]) -> str:
         parts += [markdown([["system", *shown], *lines])] if lines else []
     later = {name: row for name, row in rows.items() if "accuracy difference" in row}
     lines = []
-    for column in (*PLAN, *TEXT, *RUBRICS):
+    for column in (*PLAN, *TEXT, *JUDGED):
         found = [row.get(f"{column} difference") for row in later.values()]
         if any(found):
             digits = decimals(column)
@@ -174,7 +174,7 @@ def cell(row: dict, column: str) -> str:
         return ""
     digits = decimals(column)
     text = f"{row[column]:.{digits}f}"
-    if column not in ("Q", "B", "faultless", *JUDGED[:-3]) or f"{column} interval" not in row:
+    if column not in ("Q", "B", *JUDGED[:-3]) or f"{column} interval" not in row:
         return text
     low, high = row[f"{column} interval"]
     return f"{text} ({low:.{min(digits, 2)}f}–{high:.{min(digits, 2)}f})"

@@ -21,7 +21,8 @@ def find_systems(config) -> dict[str, dict[str, str]]:
         name, _, rest = text.partition("=")
         modules = dict(sorted((part.partition(":")[::2] for part in rest.split(",")), reverse=True))  # sp before rg
         systems[name] = modules
-        if rest.count(",") + 1 > len(modules) or tuple(modules) not in (("sp",), ("sp", "rg"), ("vanilla",)) or not all((name, *modules.values())):
+        right = tuple(modules) in (("sp",), ("sp", "rg"), ("vanilla",)) and all((name, *modules.values()))
+        if not right or rest.count(",") + 1 > len(modules):
             raise DescError(f"--systems {text}: should be NAME=sp:ADAPTER,rg:ADAPTER, NAME=sp:ADAPTER or NAME=vanilla:ADAPTER")
     if len(systems) < len(config.systems) or FREQUENCIES in systems:
         raise DescError(f"--systems: two have the same name, or one that of {FREQUENCIES!r}")

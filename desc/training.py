@@ -31,8 +31,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state beside the step
 
 
 def make_batches(things: list, batch_size: int, share: str, seed: int, epoch: int) -> list[list]:
-    """A shuffled epoch of examples or pairs. Sharing by dialogue keeps a dialogue's turns together, for a dialogue cut in two is read twice: a batch is
-    then whole dialogues, closed when one more would take it further from `batch_size`."""
+    """A shuffled epoch of examples or pairs. Sharing by dialogue keeps its turns together, for a dialogue cut in two is read twice: a
+    batch is then whole dialogues, closed when one more would take it further from `batch_size`."""
     shuffle = random.Random(f"{seed}/{epoch}").shuffle
     if share != "dialogue":
         things = list(things)
