@@ -15,6 +15,14 @@ from desc.prompts import Messages
 OPTIONAL = ("response_format", "seed")  # not every server knows these
 
 
+class AsItIs(dict):
+    """A response_format that the client sends as it is: of a plain dict it makes a grammar for Hugging Face's own server, which others
+    do not know."""
+
+    def get(self, name, default=None):
+        return None if name == "type" else super().get(name, default)
+
+
 class Endpoint:
     """Chat completions, `concurrency` at a time.
 

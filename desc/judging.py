@@ -16,7 +16,7 @@ from pathlib import Path
 
 from desc import cli
 from desc.encoding import encode
-from desc.endpoint import Endpoint
+from desc.endpoint import AsItIs, Endpoint
 from desc.esconv import Dialogue, Turn
 from desc.lora import adapter_only
 from desc.prompts import Messages
@@ -113,13 +113,17 @@ def local_annotator(model, tokenizer, config) -> Annotator:
     return annotate
 
 
+def in_schema(schema: dict) -> dict:
+    """The protocol's response_format, for servers that can hold a model to a schema."""
+    return AsItIs(type="json_schema", json_schema={"name": "answer", "schema": schema, "strict": True})
+
+
 def endpoint_annotator(endpoint: Endpoint) -> Annotator:
-    """Asks for a judgement in JSON, with a schema where the server takes one."""
-    schema = {"type": "json_schema", "json_schema": {"name": "judgement", "schema": SCHEMA, "strict": True}}
+    """Asks for a judgement in JSON."""
 
     def annotate(cases: list[Case]) -> list[Judgement]:
         asked = [judging_messages(case, BY_JSON) for case in cases]
-        texts = endpoint.ask_all(asked, "annotate", 0, temperature=0.0, max_tokens=200, response_format=schema)
+        texts = endpoint.ask_all(asked, "annotate", 0, temperature=0.0, max_tokens=200, response_format=in_schema(SCHEMA))
         return [read_judgement(text) for text in texts]
 
     return annotate
@@ -151,7 +155,8 @@ def make_judge(config, model, tokenizer, endpoint: Endpoint | None) -> Judge | N
         return [(row, max(row, key=row.get)) for row in choose(model, tokenizer, asked, options, config)]
 
     def remote(asked: list[Messages], options: Sequence[str]):
-        texts = endpoint.ask_all(asked, "judge", 0, temperature=0.0, max_tokens=16)
+        schema = in_schema({"type": "string", "enum": list(options)})
+        texts = endpoint.ask_all(asked, "judge", 0, temperature=0.0, max_tokens=16, response_format=schema)
         # The option alone, or little around it ("**4**", "Score: 4/5", "tie."): in a longer text a digit or an "A" may mean anything.
         found = [re.fullmatch(r"\W*(?:(?:answer|score|rating)\W+)?(\w+)(?:/5)?\W*", text, re.IGNORECASE) for text in texts]
         known = {option.casefold(): option for option in options}

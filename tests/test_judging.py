@@ -208,11 +208,14 @@ def test_a_contest_asks_in_both_orders():
     assert verdicts == [dict.fromkeys(RUBRICS, ["ours", "theirs"])] and [line["A"] for line in transcript] == ["ours", "theirs"] * 4
 
 
-@pytest.mark.parametrize("said, shares", [("4", {"4": 1.0}), ("**Score:** 3/5.", {"3": 1.0}), ("10", {}), ("good", {}), ("Rating (0-5): 4", {}), ("3.5", {})])
+@pytest.mark.parametrize("said, shares", [("4", {"4": 1.0}), ('"4"', {"4": 1.0}), ("**Score:** 3/5.", {"3": 1.0}), ("10", {}), ("good", {}), ("Rating (0-5): 4", {}), ("3.5", {})])
 def test_a_judge_behind_an_endpoint_is_read(server, said, shares):
     server.script = [said]
     judge = make_judge(SimpleNamespace(judge="endpoint"), None, None, Endpoint(server.url, "m"))
     assert judge([ASKED], ("0", "1", "2", "3", "4", "5")) == [(shares, said)]
+    schema = {"type": "string", "enum": ["0", "1", "2", "3", "4", "5"]}
+    asked = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    assert server.calls[0][1]["response_format"] == asked  # as OpenAI's protocol has it
 
 
 def test_the_local_judge_is_the_base_model(toy):
