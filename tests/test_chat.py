@@ -80,7 +80,9 @@ def test_a_piped_conversation(out, tmp_path):
 def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # which has no blocks for bars
     flags = ("--model", "toy", "--out", out, "--max-length", 100000, "--max-new-tokens", 50000)
-    talk = subprocess.Popen(command("chat.py", *flags), stdin=-1, stdout=-1, stderr=-1, text=True, bufsize=0, errors="replace")
+    pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True, "bufsize": 0, "errors": "replace"}
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it, and so would theirs
+    talk = subprocess.Popen(command("chat.py", *flags), preexec_fn=heed, **pipes)
 
     def read_until(text):
         told = ""
