@@ -18,6 +18,6 @@ setup(
     extras_require={
         "smollm2": ["gguf>=0.10"],
         "report": ["matplotlib>=3.7"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "peft>=0.17", "trl>=0.24", "scikit-learn>=1.4", "nltk>=3.9", "rouge-score>=0.1.2"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.7", "peft>=0.17", "trl>=0.24", "scikit-learn>=1.4", "nltk>=3.9", "rouge-score>=0.1.2"],
     },
 )
