@@ -26,7 +26,7 @@ def write_page(path: str | Path, results: dict) -> None:
     parts = {make.__name__: make(results) for make in (scores, preferences, confusion, phases, curves, errors, data)}
     turns = sum(len(d["turns"]) // 2 for d in results["dialogues"])
     parts["lead"] = f"{turns:,} supporter turns of {len(results['dialogues'])} test dialogues"
-    parts["systems"] = ", ".join(map(escape, results["systems"]))
+    parts["systems"] = ", ".join(map(escape, results["answers"]))
     parts["facts"] = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in results["facts"].items())
     page = (files("desc") / "data" / "page.html").read_text(encoding="utf-8")
     page = re.sub(r"(?s)<section.*?</section>\n", lambda s: s[0] if parts[re.search(r"<!--(\w+)-->", s[0])[1]] else "", page)
