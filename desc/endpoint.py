@@ -26,7 +26,8 @@ class AsItIs(dict):
 class Endpoint:
     """Chat completions, `concurrency` at a time.
 
-    "{task}" in the model's name stands for the module that is asked (sp, rg, vanilla, annotate, judge): one server may hold an adapter for each.
+    "{task}" in the model's name stands for the module that is asked (sp, rg, vanilla, annotate, judge): one server may hold an adapter
+    for each.
     A key is read from $DESC_API_KEY. A call that meets 429, 5xx, a timeout or no connection is tried again, `tries` times in all,
     after 1, 2, 4, … seconds. Raises DescError where the server refuses, stays away, or `max_calls` (None: no limit) are spent."""
 

@@ -76,7 +76,7 @@ def count_replies(record: dict) -> dict[str, np.ndarray]:
 
 
 def won(verdicts: list[str | None]) -> float | None:
-    """1, ½ or 0: a reply wins where it is called better in either place; None where a verdict could not be read."""
+    """1, ½ or 0: a reply wins where it is called better in both places; None where a verdict could not be read."""
     return None if None in verdicts else {("ours", "ours"): 1.0, ("theirs", "theirs"): 0.0}.get(tuple(verdicts), 0.5)
 
 

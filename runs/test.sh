@@ -3,6 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs/install.sh
-# A file on each core; those that run whole scripts take longest, so they begin.
-first="tests/test_scripts.py tests/test_distributed.py"
-exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $first tests "$@"
+exec .venv/bin/python -m pytest -n auto --dist loadfile tests "$@"  # each file on a core
