@@ -1,11 +1,12 @@
-"""A conversation in the terminal: you are the seeker, the planner chooses a strategy, and the generator replies.
+"""A conversation in the terminal: you are the seeker, the planner chooses a strategy, and the
+generator replies.
 
-    python chat.py                      OUT/sp and OUT/rg, each with its last stage: dpo, else sft, else the base model
-    python chat.py < messages.txt       without a terminal: a message or a command a line, to the end
+    python chat.py                   OUT/sp and OUT/rg, each with its last stage: dpo, sft or none
+    python chat.py < messages.txt    without a terminal: one message or command per line
 
-Bars show the planner's exact probabilities; the strategy is drawn from them (--temperature, --top-p), or forced by /strategy. Draws depend
-on --seed, the turn's number and the conversation alone: after /undo, the same message has the same reply.
-"""
+Bars show the planner's exact probabilities; the strategy is drawn from them (--temperature,
+--top-p), or forced by /strategy. Draws depend on --seed, the turn's number and the conversation
+alone: after /undo, the same message has the same reply."""
 
 import sys
 from contextlib import suppress
@@ -27,20 +28,23 @@ from desc.sampling import grow_branches, score, seeded, stream_text, temper
 from desc.strategies import Strategies, read_strategies
 
 HELP = """\
-/strategy NAME   every reply follows this strategy from now on; without NAME the planner chooses again
+/strategy NAME   every reply follows this strategy from now on; without NAME the planner chooses
 /compare         the last reply before and after DPO, under the same strategy and seed
 /undo            takes back your last message and its reply
 /save FILE       writes the conversation as JSON in ESConv's schema; nothing else is ever kept
-/quit            ends it, as do Ctrl-D and Ctrl-C; during a reply, Ctrl-C stops that alone and keeps what was said"""
+/quit            ends it, as do Ctrl-D and Ctrl-C; during a reply, Ctrl-C stops that alone"""
 
 
 def attach(model, out: str) -> dict[str, list[str]]:
-    """Attach the adapters in `out` as "sp-dpo", "rg-sft", …; the stages of each module, its last first. /compare wants both of rg."""
+    """Attach the adapters in `out` as "sp-dpo", "rg-sft", …; the stages of each module, its last
+    first. /compare wants both of rg."""
     stages = {"sp": [], "rg": []}
     for module, stage in product(stages, ("dpo", "sft")):
         folder = Path(out) / module / stage
         wanted = module == "rg" or not stages["sp"]
-        if wanted and cli.use_adapter(model, folder, f"{module}-{stage}", f"train_{stage}.py --task {module} makes one"):
+        if wanted and cli.use_adapter(
+            model, folder, f"{module}-{stage}", f"train_{stage}.py --task {module} makes one"
+        ):
             stages[module].append(stage)
     return {module: found or ["base"] for module, found in stages.items()}
 
@@ -58,17 +62,37 @@ class Chat:
     forced: str | None = None
     told: bool = False  # that the conversation has grown too long
 
-    def read(self, task: str, dialogue: Dialogue, completions: list[str], room: int, strategy: str | None = None) -> Item:
-        """What a module reads where the dialogue ends, with the seeker. Raises DescError where the last message alone is too long."""
+    def read(
+        self,
+        task: str,
+        dialogue: Dialogue,
+        completions: list[str],
+        room: int,
+        strategy: str | None = None,
+    ) -> Item:
+        """What a module reads where the dialogue ends, with the seeker. Raises DescError where the
+        last message alone is too long."""
         messages = build_messages(task, dialogue, len(dialogue), strategy, self.strategies)
-        item = encode(self.tokenizer, "your message", dialogue.id, messages, completions, room, end=task == "sp")
+        item = encode(
+            self.tokenizer,
+            "your message",
+            dialogue.id,
+            messages,
+            completions,
+            room,
+            end=task == "sp",
+        )
         if item.turns_cut and not self.told:
-            print("(The conversation has outgrown --max-length: from now on its oldest exchanges are no longer read.)")
+            print(
+                "(The conversation has outgrown --max-length: from now on its oldest exchanges are"
+                " no longer read.)"
+            )
             self.told = True
         return item
 
     def plan(self, dialogue: Dialogue) -> str:
-        """The strategy of the next reply, drawn or forced. Shows the exact distribution, a bar of up to 30 blocks a strategy."""
+        """The strategy of the next reply, drawn or forced. Shows the exact distribution, a bar of
+        up to 30 blocks a strategy."""
         config, names = self.config, self.strategies
         item = self.read("sp", dialogue, list(names), config.max_length)
         with adapter_only(self.model, f"sp-{self.stages['sp'][0]}"):
@@ -84,13 +108,20 @@ class Chat:
     def say(self, dialogue: Dialogue, strategy: str, stage: str, speaker: str) -> str:
         """The generator's reply, printed as it grows; an interrupt ends it."""
         config = self.config
-        prompt = self.read("rg", dialogue, [""], config.max_length - config.max_new_tokens, strategy).sequences[0].prompt
+        prompt = (
+            self.read("rg", dialogue, [""], config.max_length - config.max_new_tokens, strategy)
+            .sequences[0]
+            .prompt
+        )
         seed = seeded(config.seed, "write", len(dialogue)).initial_seed()
         said = ""
         print(f"{speaker} [{strategy}]: ", end="", flush=True)
         try:
             with adapter_only(self.model, f"rg-{stage}"):
-                for piece in stream_text(self.tokenizer, (token for _, token in grow_branches(self.model, [prompt], config, seed))):
+                for piece in stream_text(
+                    self.tokenizer,
+                    (token for _, token in grow_branches(self.model, [prompt], config, seed)),
+                ):
                     said += piece
                     print(piece, end="", flush=True)
             print()
@@ -99,7 +130,8 @@ class Chat:
         return said
 
     def answer(self, text: str) -> None:
-        """Plan and say the reply to a message. Both join the conversation together, or neither does."""
+        """Plan and say the reply to a message. Both join the conversation together, or neither
+        does."""
         dialogue = Dialogue("chat", (*self.turns, Turn("seeker", text)))
         strategy = self.plan(dialogue)
         if said := self.say(dialogue, strategy, self.stages["rg"][0], "supporter"):
@@ -115,11 +147,19 @@ class Chat:
                 print(f"{when}: there is no adapter in {Path(self.config.out) / 'rg' / stage}")
 
     def save(self, name: str) -> None:
-        said = [{"speaker": t.speaker, "annotation": {"strategy": t.strategy} if t.strategy else {}, "content": t.text} for t in self.turns]
+        said = [
+            {
+                "speaker": t.speaker,
+                "annotation": {"strategy": t.strategy} if t.strategy else {},
+                "content": t.text,
+            }
+            for t in self.turns
+        ]
         try:
             write_json(Path(name).expanduser(), [{"dialog": said}])
             print(f"(Saved in {name}.)")
-        except (OSError, ValueError, RuntimeError) as error:  # no file's name, or nobody's home, too
+        # no file's name, or nobody's home, too
+        except (OSError, ValueError, RuntimeError) as error:
             print(f"/save {name}: cannot be written ({error})")
 
     def take(self, line: str) -> None:
@@ -130,10 +170,17 @@ class Chat:
         if not command.startswith("/"):
             line and self.answer(line)
         elif command == "/strategy" and rest and not self.strategies.parse(rest):
-            print(f"{rest!r} is no strategy{self.strategies.suggestion(rest)}; there are {', '.join(self.strategies)}")
+            print(
+                f"{rest!r} is no strategy{self.strategies.suggestion(rest)}; there are"
+                f" {', '.join(self.strategies)}"
+            )
         elif command == "/strategy":
             self.forced = self.strategies.parse(rest)
-            print(f"(Every reply follows {self.forced} from now on.)" if rest else "(The planner chooses again.)")
+            print(
+                f"(Every reply follows {self.forced} from now on.)"
+                if rest
+                else "(The planner chooses again.)"
+            )
         elif command not in ("/compare", "/undo", "/save"):
             print(HELP if command == "/help" else f"{command} is no command; /help lists them")
         elif not self.turns:
@@ -150,12 +197,16 @@ class Chat:
 def main():
     config = cli.parse(cli.SampleConfig)
     sys.stdin.reconfigure(errors="replace")
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a warning must not wait in a pipe for the reply
+    # a warning must not wait in a pipe for the reply
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     print(OPENING)
     strategies = read_strategies(config.strategies)
     model, tokenizer = load(config.model, config.torch_dtype, distributed.setup())
     chat = Chat(model, tokenizer, config, strategies, attach(model, config.out))
-    print(f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained). /help lists the commands.")
+    print(
+        f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."
+        " /help lists the commands."
+    )
     with suppress(EOFError, KeyboardInterrupt):  # at the prompt both mean goodbye
         while (line := input("\nseeker: " if sys.stdin.isatty() else "").strip()) != "/quit":
             try:

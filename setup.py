@@ -3,7 +3,9 @@ from setuptools import find_packages, setup
 setup(
     name="desc",
     version="0.1.0",
-    description="Decoupled preference optimisation for emotional-support conversation, in plain PyTorch",
+    description=(
+        "Decoupled preference optimisation for emotional-support conversation, in plain PyTorch"
+    ),
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["desc", "desc.*"]),
@@ -18,6 +20,14 @@ setup(
     extras_require={
         "smollm2": ["gguf>=0.10"],
         "report": ["matplotlib>=3.7"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.7", "peft>=0.17", "trl>=0.24", "scikit-learn>=1.4", "nltk>=3.9", "rouge-score>=0.1.2"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.7",
+            "peft>=0.17",
+            "trl>=0.24",
+            "scikit-learn>=1.4",
+            "nltk>=3.9",
+            "rouge-score>=0.1.2",
+        ],
     },
 )

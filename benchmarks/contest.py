@@ -1,4 +1,5 @@
-"""What the benchmarks share: the model, the clock, the machine's peak, and one process for each contender."""
+"""What the benchmarks share: the model, the clock, the machine's peak, and one process for each
+contender."""
 
 import json
 import resource
@@ -22,8 +23,11 @@ from desc.strategies import read_strategies
 from desc.tree import pack
 
 SHAPES = {  # random weights, SmolLM2's tokenizer
-    "qwen2.5-7b": dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28)
-    | dict(num_key_value_heads=4, vocab_size=152064, rope_theta=1e6, tie_word_embeddings=False),
+    "qwen2.5-7b": (
+        {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944}
+        | {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+        | {"vocab_size": 152064, "rope_theta": 1e6, "tie_word_embeddings": False}
+    )
 }
 CHECKED = 4  # examples whose fp32 losses are compared
 CUDA = torch.cuda.is_available()
@@ -33,17 +37,28 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 @dataclass
 class Config(cli.TaskConfig):
     dialogues: int = cli.flag(2, "training dialogues whose turns are read, of typical lengths")
-    contenders: str = cli.flag("compiled,dialogue,pair,none,trl", "which to run; compiled is dialogue with --compile")
-    repeats: int = cli.flag(3, "times that ours reads all of it when sharing by dialogue; the median counts")
-    tries: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "TRL's batch sizes to try, all on the same few examples"})
+    contenders: str = cli.flag(
+        "compiled,dialogue,pair,none,trl", "which to run; compiled is dialogue with --compile"
+    )
+    repeats: int = cli.flag(
+        3, "times that ours reads all of it when sharing by dialogue; the median counts"
+    )
+    tries: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8],
+        metadata={"help": "TRL's batch sizes to try, all on the same few examples"},
+    )
     trl_batch_size: int = cli.flag(0, "TRL's batch size; 0 tries some")
     some: int = cli.flag(0, "examples to use, evenly spaced; 0 takes all")
-    contender: str | None = cli.flag(None, "run this one alone and print JSON (what the others are started with)")
+    contender: str | None = cli.flag(
+        None, "run this one alone and print JSON (what the others are started with)"
+    )
     adapter: str | None = cli.flag(None, "folder of the adapter that all start from")
 
 
 def make_tokenizer(config):
-    return AutoTokenizer.from_pretrained(zoo.locate("smollm2" if config.model in SHAPES else config.model))
+    return AutoTokenizer.from_pretrained(
+        zoo.locate("smollm2" if config.model in SHAPES else config.model)
+    )
 
 
 def make_model(config, dtype, kernel: str):
@@ -54,7 +69,9 @@ def make_model(config, dtype, kernel: str):
         shape = AutoConfig.for_model(shape.pop("model_type"), **shape)
         with DEVICE:
             return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=kernel)
-    return AutoModelForCausalLM.from_pretrained(zoo.locate(config.model), dtype=dtype, attn_implementation=kernel).to(DEVICE)
+    return AutoModelForCausalLM.from_pretrained(
+        zoo.locate(config.model), dtype=dtype, attn_implementation=kernel
+    ).to(DEVICE)
 
 
 def our_model(config, dtype=torch.bfloat16):
@@ -67,11 +84,14 @@ def our_model(config, dtype=torch.bfloat16):
 
 
 def training_dialogues(config) -> list[Dialogue]:
-    return load_splits(config.data, config.split_file, read_strategies(config.strategies), config.seed)["train"]
+    return load_splits(
+        config.data, config.split_file, read_strategies(config.strategies), config.seed
+    )["train"]
 
 
 def typical(dialogues: list[Dialogue], count: int) -> list[Dialogue]:
-    """So many, evenly spaced in the order of length: of two, the ones longer than a quarter and than three quarters of all."""
+    """So many, evenly spaced in the order of length: of two, the ones longer than a quarter and
+    than three quarters of all."""
     ordered = sorted(dialogues, key=len)
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 
@@ -84,7 +104,11 @@ def now() -> float:
 
 def memory() -> int:
     """The most bytes that this process has held."""
-    return torch.cuda.max_memory_allocated() if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        torch.cuda.max_memory_allocated()
+        if CUDA
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 def matrix_peak() -> float:
@@ -99,23 +123,39 @@ def matrix_peak() -> float:
 
 
 def read_ours(config, items: list[Item], loss_of) -> dict:
-    """Ours over all items, bf16; and the loss of the first few in fp32. loss_of(model, forest, items) is a part of theirs."""
-    model, share = our_model(config), "dialogue" if config.contender == "compiled" else config.contender
-    batches = [(members, forest.to(DEVICE)) for members, forest in pack(items, share, config.max_tokens)]
+    """Ours over all items, bf16; and the loss of the first few in fp32. loss_of(model, forest,
+    items) is a part of theirs."""
+    model, share = (
+        our_model(config),
+        ("dialogue" if config.contender == "compiled" else config.contender),
+    )
+    batches = [
+        (members, forest.to(DEVICE)) for members, forest in pack(items, share, config.max_tokens)
+    ]
     seconds = []
-    for _ in range(config.repeats if share == "dialogue" else 1):  # without sharing one must do, it takes long
+    # without sharing one must do, it takes long
+    for _ in range(config.repeats if share == "dialogue" else 1):
         begin = now()
         for _, forest in batches:
             loss_of(model, forest, items).backward()
         seconds.append(now() - begin)
-    result = {"seconds": statistics.median(seconds), "memory": memory(), "tokens": sum(len(forest.ids) for _, forest in batches)}
+    result = {
+        "seconds": statistics.median(seconds),
+        "memory": memory(),
+        "tokens": sum(len(forest.ids) for _, forest in batches),
+    }
     ((_, forest),) = pack(items[:CHECKED], "dialogue", 10**9)
     with torch.no_grad():
-        return result | {"loss": float(loss_of(our_model(config, torch.float32), forest, items[:CHECKED]))}
+        return result | {
+            "loss": float(loss_of(our_model(config, torch.float32), forest, items[:CHECKED]))
+        }
 
 
-def train_trl(config, trainer_class, settings_class, rows: list[dict], items: list[Item], models=tuple, **more) -> dict:
-    """TRL over all rows, which are `items` to us, bf16; and the loss of the first few in fp32, where the trainer gets models(), too."""
+def train_trl(
+    config, trainer_class, settings_class, rows: list[dict], items: list[Item], models=tuple, **more
+) -> dict:
+    """TRL over all rows, which are `items` to us, bf16; and the loss of the first few in fp32,
+    where the trainer gets models(), too."""
     import peft
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -128,7 +168,9 @@ def train_trl(config, trainer_class, settings_class, rows: list[dict], items: li
             self.seconds = now() - self.begin
 
     def make(rows, batch_size, dtype, folder, *models):
-        model = peft.PeftModel.from_pretrained(make_model(config, dtype, "sdpa"), config.adapter, is_trainable=True)
+        model = peft.PeftModel.from_pretrained(
+            make_model(config, dtype, "sdpa"), config.adapter, is_trainable=True
+        )
         settings = settings_class(
             folder,
             use_cpu=not CUDA,
@@ -136,7 +178,8 @@ def train_trl(config, trainer_class, settings_class, rows: list[dict], items: li
             gradient_checkpointing=False,
             max_length=None,
             per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=-(-len(rows) // batch_size),  # one optimizer step, which ours leaves out
+            # one optimizer step, which ours leaves out
+            gradient_accumulation_steps=-(-len(rows) // batch_size),
             num_train_epochs=1,
             learning_rate=1e-9,
             save_strategy="no",
@@ -145,7 +188,14 @@ def train_trl(config, trainer_class, settings_class, rows: list[dict], items: li
             **more,
         )
         data, tokenizer = Dataset.from_list(rows), make_tokenizer(config)
-        return trainer_class(model, *models, args=settings, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+        return trainer_class(
+            model,
+            *models,
+            args=settings,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -161,11 +211,15 @@ def train_trl(config, trainer_class, settings_class, rows: list[dict], items: li
 def compete(make, ours, trl, passes: int, unit: str) -> None:
     """The main program: every contender in a process of its own, one after another, then the table.
 
-    make(config, dialogues) gives the examples or pairs; ours and trl take (config, those).
-    `passes` counts how often the products with the weights are done for a token that is read: forwards, and the input's gradient."""
+    make(config, dialogues) gives the examples or pairs; ours and trl take (config, those). `passes`
+    counts how often the products with the weights are done for a token that is read: forwards, and
+    the input's gradient."""
     config = cli.parse(Config)
     if config.contender:
-        things, peak = make(config, typical(training_dialogues(config), config.dialogues)), matrix_peak()
+        things, peak = (
+            make(config, typical(training_dialogues(config), config.dialogues)),
+            matrix_peak(),
+        )
         if config.some:
             things = things[:: len(things) // config.some][: config.some]
         result = trl(config, things) if config.contender == "trl" else ours(config, things)
@@ -173,7 +227,11 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
 
     def start(*flags) -> dict:
         command = [sys.executable, *sys.argv, "--adapter", folder, *map(str, flags)]
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        return json.loads(
+            subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout.splitlines()[-1]
+        )
 
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +240,8 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
         products = sum(m.weight.numel() for _, m in layers if isinstance(m, nn.Linear))
         add_adapter(model, "dpo")
         for layer in lora_layers(model).values():
-            nn.init.normal_(layer.adapters["dpo"].B, std=0.01)  # so that policy and reference differ
+            # so that policy and reference differ
+            nn.init.normal_(layer.adapters["dpo"].B, std=0.01)
         save_adapter(model, folder)
         del model
         torch.cuda.empty_cache()
@@ -190,8 +249,14 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
             flags = ["--contender", name]
             if name == "trl" and not config.trl_batch_size:
                 most = max(config.tries)
-                tried = {size: start(*flags, "--trl-batch-size", size, "--some", most)["seconds"] / most for size in config.tries}
-                print(f"TRL's seconds a {unit} by batch size: " + ", ".join(f"{size}: {s:.2f}" for size, s in tried.items()))
+                tried = {
+                    size: start(*flags, "--trl-batch-size", size, "--some", most)["seconds"] / most
+                    for size in config.tries
+                }
+                print(
+                    f"TRL's seconds a {unit} by batch size: "
+                    + ", ".join(f"{size}: {s:.2f}" for size, s in tried.items())
+                )
                 flags += ["--trl-batch-size", min(tried, key=tried.get)]
             results[name] = start(*flags)
     rate = {name: r["count"] / r["seconds"] for name, r in results.items()}
@@ -200,7 +265,20 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
         ratio = f"{rate[name] / rate['trl']:.1f}" if "trl" in rate else ""
         share = f"{100 * 2 * products * passes * r['tokens'] / r['seconds'] / r['peak']:.0f} %"
         title = "TRL + PEFT" if name == "trl" else f"ours, {name}"
-        lines.append([title, f"{rate[name]:.3g}", ratio, f"{r['memory'] / 1e9:.2f} GB", f"{r['tokens']:,}", share, f"{r['loss']:.6f}"])
+        lines.append(
+            [
+                title,
+                f"{rate[name]:.3g}",
+                ratio,
+                f"{r['memory'] / 1e9:.2f} GB",
+                f"{r['tokens']:,}",
+                share,
+                f"{r['loss']:.6f}",
+            ]
+        )
     count = max(r["count"] for r in results.values())
-    print(f"{config.model}, {config.task}, {count} {unit}s of {config.dialogues} dialogues of {config.data}\n")
+    print(
+        f"{config.model}, {config.task}, {count} {unit}s of {config.dialogues} dialogues of"
+        f" {config.data}\n"
+    )
     print(report.markdown(lines))

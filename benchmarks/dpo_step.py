@@ -1,15 +1,15 @@
-"""DPO on the same pairs with the same model and the same LoRA: ours, shared by dialogue (compiled, too), by pair and not at all, and
-TRL + PEFT.
+"""DPO on the same pairs with the same model and the same LoRA: ours, shared by dialogue (compiled,
+too), by pair and not at all, and TRL + PEFT.
 
-    python benchmarks/dpo_step.py --task sp                                               SmolLM2, two sample dialogues
-    python benchmarks/dpo_step.py --task rg --data ESConv.json --split-file split.json    two of ESConv
-    python benchmarks/dpo_step.py --task sp --model qwen2.5-7b                            that shape, random weights: speed only
+    python benchmarks/dpo_step.py --task sp         SmolLM2, two sample dialogues
+    python benchmarks/dpo_step.py --task rg --data ESConv.json --split-file split.json
+    python benchmarks/dpo_step.py --task sp --model qwen2.5-7b    that shape, for its speed alone
 
-Each contender runs in a process of its own, one after another, over all pairs: reference, policy, backward. TRL trains as a careful
-user would set it: bf16, no gradient checkpointing, the reference that it makes itself, the batch size that is fastest.
-Prints pairs/s, the ratio to TRL, peak memory, tokens read, the share of this machine's bf16 matrix peak (measured by each process;
-counted are the products with the weights) and the fp32 loss of the first pairs.
-"""
+Each contender runs in a process of its own, one after another, over all pairs: reference, policy,
+backward. TRL trains as a careful user would set it: bf16, no gradient checkpointing, the reference
+that it makes itself, the batch size that is fastest. Prints pairs/s, the ratio to TRL, peak memory,
+tokens read, the share of this machine's bf16 matrix peak (measured by each process; counted are the
+products with the weights) and the fp32 loss of the first pairs."""
 
 import random
 
@@ -37,7 +37,19 @@ def make_pairs(config, dialogues: list[Dialogue]) -> list[Pair]:
         others = strategies if config.task == "sp" else [other.completion for other in examples]
         rejected = draw.choice([text for text in others if text != e.completion])
         name = f"{e.dialogue}/{e.turn}"
-        pairs.append(Pair(name, config.task, e.dialogue, e.turn, "", "made up", e.messages, e.completion, rejected))
+        pairs.append(
+            Pair(
+                name,
+                config.task,
+                e.dialogue,
+                e.turn,
+                "",
+                "made up",
+                e.messages,
+                e.completion,
+                rejected,
+            )
+        )
     return pairs
 
 
@@ -49,7 +61,9 @@ def loss_of(model, forest: Forest, items: list[Item]) -> torch.Tensor:
     with torch.no_grad(), adapter_off(model, "dpo"):
         reference = sequence_logps(model, forest)
     policy = sequence_logps(model, forest)
-    return dpo_loss(policy[0::2], policy[1::2], reference[0::2], reference[1::2], BETA)[0].sum() / len(items)
+    return dpo_loss(policy[0::2], policy[1::2], reference[0::2], reference[1::2], BETA)[
+        0
+    ].sum() / len(items)
 
 
 def ours(config, pairs: list[Pair]) -> dict:
@@ -61,7 +75,9 @@ def trl(config, pairs: list[Pair]) -> dict:
 
     rows = [{key: pair.record()[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs]
 
-    def base():  # for the loss alone: without it TRL's reference is a copy of the adapter, and every loss is ln 2
+    # for the loss alone: without it TRL's reference is a copy of the adapter, and every loss is ln
+    # 2
+    def base():
         return (make_model(config, torch.float32, "sdpa"),)
 
     items = encode_pairs(config, make_tokenizer(config), pairs)

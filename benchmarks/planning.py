@@ -1,10 +1,11 @@
-"""The planner's exact distribution at every test turn, a dialogue at a time on its tree, against writing the strategy turn by turn.
+"""The planner's exact distribution at every test turn, a dialogue at a time on its tree, against
+writing the strategy turn by turn.
 
     python benchmarks/planning.py --data ESConv.json --split-file split.json --out out/esconv
 
-Uses OUT/sp/sft where it is there. Turn by turn is Transformers' generate, greedy, on `--turns` turns, evenly spaced. Prints seconds, turns
-a second and their ratio, and for how many of these turns the likeliest strategy is the one that was written.
-"""
+Uses OUT/sp/sft where it is there. Turn by turn is Transformers' generate, greedy, on `--turns`
+turns, evenly spaced. Prints seconds, turns a second and their ratio, and for how many of these
+turns the likeliest strategy is the one that was written."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,25 @@ class Config(cli.DataConfig):
 def main():
     config = cli.parse(Config)
     strategies = read_strategies(config.strategies)
-    test = load_splits(config.data, config.split_file, strategies, config.seed)["test"][: config.eval_dialogues or None]
-    model, tokenizer = load(config.model, config.torch_dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    test = load_splits(config.data, config.split_file, strategies, config.seed)["test"][
+        : config.eval_dialogues or None
+    ]
+    model, tokenizer = load(
+        config.model, config.torch_dtype, "cuda" if torch.cuda.is_available() else "cpu"
+    )
     cli.use_adapter(model, Path(config.out) / "sp" / "sft", "sp", "the base model plans")
 
-    score_strategies(model, tokenizer, "sp", test[:1], strategies, config.max_length, config.max_tokens)  # warm
+    # warm
+    score_strategies(
+        model, tokenizer, "sp", test[:1], strategies, config.max_length, config.max_tokens
+    )
     begin = now()
-    rows = [score_strategies(model, tokenizer, "sp", [d], strategies, config.max_length, config.max_tokens) for d in tqdm(test)]
+    rows = [
+        score_strategies(
+            model, tokenizer, "sp", [d], strategies, config.max_length, config.max_tokens
+        )
+        for d in tqdm(test)
+    ]
     exact = now() - begin
     likeliest = [strategies[i] for i in torch.cat(rows).argmax(-1).tolist()]
 
@@ -44,14 +57,30 @@ def main():
     some = range(0, len(places), max(1, len(places) // config.turns))
     begin, same = now(), 0
     for i in tqdm(some):
-        prompt = torch.tensor([encode_prompt(tokenizer, build_messages("sp", *places[i], strategies=strategies))], device=model.device)
+        prompt = torch.tensor(
+            [encode_prompt(tokenizer, build_messages("sp", *places[i], strategies=strategies))],
+            device=model.device,
+        )
         with torch.no_grad():
-            written = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=16)[0, prompt.shape[1] :]
-        same += strategies.parse(tokenizer.decode(written, skip_special_tokens=True)) == likeliest[i]
+            written = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=16
+            )[0, prompt.shape[1] :]
+        same += (
+            strategies.parse(tokenizer.decode(written, skip_special_tokens=True)) == likeliest[i]
+        )
     each = (now() - begin) / len(some)
-    print(f"exact distribution  {exact:7.1f} s for {len(places)} turns, {len(places) / exact:.1f} turns/s")
-    print(f"turn by turn        {each * len(some):7.1f} s for {len(some)} turns, {1 / each:.1f} turns/s")
-    print(f"all {len(places)} would take {each * len(places):.0f} s, {each * len(places) / exact:.1f} times as long; {same} of {len(some)} written strategies are the likeliest")
+    print(
+        f"exact distribution  {exact:7.1f} s for {len(places)} turns, {len(places) / exact:.1f}"
+        " turns/s"
+    )
+    print(
+        f"turn by turn        {each * len(some):7.1f} s for {len(some)} turns, {1 / each:.1f}"
+        " turns/s"
+    )
+    print(
+        f"all {len(places)} would take {each * len(places):.0f} s, {each * len(places) / exact:.1f}"
+        f" times as long; {same} of {len(some)} written strategies are the likeliest"
+    )
 
 
 if __name__ == "__main__":

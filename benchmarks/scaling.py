@@ -1,13 +1,14 @@
 """How the cost of DPO grows with the turns of a dialogue, and what more processes bring.
 
-    python benchmarks/scaling.py --task sp                                                    SmolLM2, sample dialogues
-    python benchmarks/scaling.py --task rg --data ESConv.json --split-file split.json --plot docs/scaling-rg.png
+    python benchmarks/scaling.py --task sp          SmolLM2, sample dialogues
+    python benchmarks/scaling.py --task rg --data ESConv.json --split-file split.json \
+        --plot docs/scaling-rg.png
 
-Dialogues of 5 to 60 supporter turns are made by laying training dialogues end to end. Shared by dialogue all of their pairs are read; by
-pair and not at all a pair costs the same without the others, so some, evenly spaced, stand for all. Processes share this machine's
-cores, or have a GPU each: `torchrun train_dpo.py` on the same pairs, and the seconds between its steps. --plot (extra `report`)
-draws both tables.
-"""
+Dialogues of 5 to 60 supporter turns are made by laying training dialogues end to end. Shared by
+dialogue all of their pairs are read; by pair and not at all a pair costs the same without the
+others, so some, evenly spaced, stand for all. Processes share this machine's cores, or have a GPU
+each: `torchrun train_dpo.py` on the same pairs, and the seconds between its steps. --plot (extra
+`report`) draws both tables."""
 
 import json
 import os
@@ -35,14 +36,21 @@ SCRIPT = Path(__file__).parents[1] / "train_dpo.py"
 
 @dataclass
 class Config(cli.TaskConfig):
-    turns: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 60], metadata={"help": "supporter turns of the dialogues"})
-    processes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "numbers of processes"})
+    turns: list[int] = field(
+        default_factory=lambda: [5, 10, 20, 40, 60],
+        metadata={"help": "supporter turns of the dialogues"},
+    )
+    processes: list[int] = field(
+        default_factory=lambda: [1, 2], metadata={"help": "numbers of processes"}
+    )
     plot: str | None = cli.flag(None, "a file for the figure")
     max_length: int = cli.flag(8192, "tokens of prompt and completion")
 
 
 def lay_end_to_end(dialogues: list[Dialogue], turns: int) -> Dialogue:
-    return Dialogue(str(turns), tuple(turn for dialogue in dialogues for turn in dialogue.turns)[: 2 * turns])
+    return Dialogue(
+        str(turns), tuple(turn for dialogue in dialogues for turn in dialogue.turns)[: 2 * turns]
+    )
 
 
 def cost_of_dialogue(model, tokenizer, config, dialogue: Dialogue, share: str) -> tuple[float, int]:
@@ -63,8 +71,12 @@ def lengthen(config) -> dict[str, list[tuple[float, int]]]:
     model, tokenizer = load(config.model, config.torch_dtype, DEVICE)
     add_adapter(model, "dpo")
     dialogues = [lay_end_to_end(training_dialogues(config), turns) for turns in config.turns]
-    cost_of_dialogue(model, tokenizer, config, dialogues[0], "dialogue")  # the first reading is slow
-    return {share: [cost_of_dialogue(model, tokenizer, config, d, share) for d in dialogues] for share in SHARING}
+    # the first reading is slow
+    cost_of_dialogue(model, tokenizer, config, dialogues[0], "dialogue")
+    return {
+        share: [cost_of_dialogue(model, tokenizer, config, d, share) for d in dialogues]
+        for share in SHARING
+    }
 
 
 def seconds_a_step(config, processes: int) -> float:
@@ -73,23 +85,57 @@ def seconds_a_step(config, processes: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         write_lines(Path(folder) / "pairs.jsonl", pairs)
         write_lines(Path(folder) / "pairs.valid.jsonl", pairs[:1])
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, SCRIPT, "--task", config.task]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            processes,
+            SCRIPT,
+            "--task",
+            config.task,
+        ]
         command += ["--pairs", folder, "--out", folder, "--eval-dialogues", 1, "--dropout", 0]
-        command += ["--model", config.model, "--dtype", config.dtype, "--max-length", config.max_length, "--max-tokens", config.max_tokens]
+        command += [
+            "--model",
+            config.model,
+            "--dtype",
+            config.dtype,
+            "--max-length",
+            config.max_length,
+            "--max-tokens",
+            config.max_tokens,
+        ]
         threads = {} if CUDA else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))}
-        subprocess.run([sys.executable, *map(str, command)], check=True, env=os.environ | threads, stdout=subprocess.DEVNULL)
-        records = [json.loads(line) for line in (Path(folder) / config.task / "dpo" / "metrics.jsonl").open()]
-    times = [record["time"] for record in records if "loss" in record][:-1]  # the last waits for a validation
+        subprocess.run(
+            [sys.executable, *map(str, command)],
+            check=True,
+            env=os.environ | threads,
+            stdout=subprocess.DEVNULL,
+        )
+        records = [
+            json.loads(line)
+            for line in (Path(folder) / config.task / "dpo" / "metrics.jsonl").open()
+        ]
+    # the last waits for a validation
+    times = [record["time"] for record in records if "loss" in record][:-1]
     return statistics.median(later - earlier for earlier, later in zip(times, times[1:]))
 
 
 def draw(config, costs: dict[str, list[tuple[float, int]]], steps: list[float]) -> None:
     from matplotlib import pyplot
 
-    _, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), width_ratios=(2, 1), layout="constrained")
+    _, (left, right) = pyplot.subplots(
+        1, 2, figsize=(9, 3.5), width_ratios=(2, 1), layout="constrained"
+    )
     for share, points in costs.items():
         left.plot(config.turns, [seconds for seconds, _ in points], "o-", label=f"--share {share}")
-    left.set(xlabel="supporter turns of the dialogue", ylabel="seconds a dialogue", yscale="log", title=f"DPO, {config.task}")
+    left.set(
+        xlabel="supporter turns of the dialogue",
+        ylabel="seconds a dialogue",
+        yscale="log",
+        title=f"DPO, {config.task}",
+    )
     left.legend(frameon=False)
     right.bar(list(map(str, config.processes)), steps, color="tab:blue")
     right.set(xlabel="processes on one machine", ylabel="seconds a step", title="train_dpo.py")
@@ -101,14 +147,31 @@ def draw(config, costs: dict[str, list[tuple[float, int]]], steps: list[float]) 
 def main():
     config = cli.parse(Config)
     costs = lengthen(config)
-    lines = [["turns", *(f"{share}, {what}" for share in SHARING for what in ("tokens", "s")), "none / dialogue"]]
+    lines = [
+        [
+            "turns",
+            *(f"{share}, {what}" for share in SHARING for what in ("tokens", "s")),
+            "none / dialogue",
+        ]
+    ]
     for i, turns in enumerate(config.turns):
-        cells = [text for share in SHARING for text in (f"{costs[share][i][1]:,}", f"{costs[share][i][0]:.1f}")]
+        cells = [
+            text
+            for share in SHARING
+            for text in (f"{costs[share][i][1]:,}", f"{costs[share][i][0]:.1f}")
+        ]
         lines.append([str(turns), *cells, f"{costs['none'][i][0] / costs['dialogue'][i][0]:.1f}"])
     print(report.markdown(lines), flush=True)
     steps = [seconds_a_step(config, processes) for processes in config.processes]
     print()
-    print(report.markdown([["processes", *map(str, config.processes)], ["s a step", *(f"{seconds:.2f}" for seconds in steps)]]))
+    print(
+        report.markdown(
+            [
+                ["processes", *map(str, config.processes)],
+                ["s a step", *(f"{seconds:.2f}" for seconds in steps)],
+            ]
+        )
+    )
     if config.plot:
         draw(config, costs, steps)
 

@@ -1,7 +1,8 @@
-"""SFT on the same turns with the same model and the same LoRA: ours, shared by dialogue (compiled, too) and not at all, and TRL + PEFT.
+"""SFT on the same turns with the same model and the same LoRA: ours, shared by dialogue (compiled,
+too) and not at all, and TRL + PEFT.
 
-    python benchmarks/sft_step.py --task sp                                               SmolLM2, two sample dialogues
-    python benchmarks/sft_step.py --task rg --data ESConv.json --split-file split.json    two of ESConv
+    python benchmarks/sft_step.py --task sp         SmolLM2, two sample dialogues
+    python benchmarks/sft_step.py --task rg --data ESConv.json --split-file split.json
 
 As benchmarks/dpo_step.py, which see. The loss is that of the completions alone.
 """
@@ -25,17 +26,26 @@ def make_turns(config, dialogues: list[Dialogue]) -> list[Example]:
 
 
 def encode_turns(config, turns: list[Example]) -> list[Item]:
-    """With what the chat template writes after an end of turn, as TRL has it: SmolLM2's line break."""
+    """With what the chat template writes after an end of turn, as TRL has it: SmolLM2's line
+    break."""
     tokenizer = make_tokenizer(config)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}]
-    ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False).input_ids
+    ids = tokenizer(
+        tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False
+    ).input_ids
     after = ids[len(ids) - ids[::-1].index(end_of_turn(tokenizer)) :]
     items = [encode_example(tokenizer, turn, config.max_length) for turn in turns]
-    return [replace(item, sequences=[Sequence(s.prompt, s.completion + after) for s in item.sequences]) for item in items]
+    return [
+        replace(item, sequences=[Sequence(s.prompt, s.completion + after) for s in item.sequences])
+        for item in items
+    ]
 
 
 def loss_of(model, forest: Forest, items: list[Item]) -> torch.Tensor:
-    return sft_loss(sequence_logps(model, forest), sum(len(s.completion) for item in items for s in item.sequences))
+    return sft_loss(
+        sequence_logps(model, forest),
+        sum(len(s.completion) for item in items for s in item.sequences),
+    )
 
 
 def ours(config, turns: list[Example]) -> dict:
@@ -45,8 +55,13 @@ def ours(config, turns: list[Example]) -> dict:
 def trl(config, turns: list[Example]) -> dict:
     from trl import SFTConfig, SFTTrainer
 
-    rows = [{"prompt": e.messages, "completion": [{"role": "assistant", "content": e.completion}]} for e in turns]
-    return train_trl(config, SFTTrainer, SFTConfig, rows, encode_turns(config, turns), completion_only_loss=True)
+    rows = [
+        {"prompt": e.messages, "completion": [{"role": "assistant", "content": e.completion}]}
+        for e in turns
+    ]
+    return train_trl(
+        config, SFTTrainer, SFTConfig, rows, encode_turns(config, turns), completion_only_loss=True
+    )
 
 
 if __name__ == "__main__":

@@ -7,4 +7,5 @@ __version__ = "0.1.0"
 
 
 class DescError(Exception):
-    """Something that the user can mend; its one-line message says what to do. Scripts print it without a traceback."""
+    """Something that the user can mend; its one-line message says what to do. Scripts print it
+    without a traceback."""

@@ -1,4 +1,5 @@
-"""Checkpoints: where a run goes on after a kill. Tensors and facts in one safetensors file, so that no pickle is ever loaded."""
+"""Checkpoints: where a run goes on after a kill. Tensors and facts in one safetensors file, so that
+no pickle is ever loaded."""
 
 import hashlib
 import json
@@ -15,9 +16,13 @@ KEPT = 2  # should the newest be damaged, the one before it is used
 
 
 def refuse_differing(path: Path, before: dict, settings: dict) -> None:
-    """Raises DescError where what is half done in `path` was begun with other settings, naming them."""
+    """Raises DescError where what is half done in `path` was begun with other settings, naming
+    them."""
     if differing := [key for key in settings if before.get(key) != settings[key]]:
-        raise DescError(f"{path} was begun with another {', '.join(differing)}: run with the same, or delete it to start anew")
+        raise DescError(
+            f"{path} was begun with another {', '.join(differing)}: run with the same, or delete it"
+            " to start anew"
+        )
 
 
 def _digest(facts: dict, tensors: dict[str, torch.Tensor]) -> str:
@@ -29,26 +34,34 @@ def _digest(facts: dict, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_checkpoint(folder: Path, facts: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """FOLDER/STEP.safetensors, whole or not at all; of the older ones the newest stays. `facts` are JSON with step and settings."""
+    """FOLDER/STEP.safetensors, whole or not at all; of the older ones the newest stays. `facts` are
+    JSON with step and settings."""
     path = folder / f"{facts['step']:08d}.safetensors"
-    write_bytes(path, save(tensors, metadata={"desc": json.dumps({**facts, "digest": _digest(facts, tensors)})}))
+    write_bytes(
+        path,
+        save(tensors, metadata={"desc": json.dumps({**facts, "digest": _digest(facts, tensors)})}),
+    )
     paths = sorted(folder.glob("*.safetensors"))
     here = paths.index(path)
-    for other in paths[: max(0, here + 1 - KEPT)] + paths[here + 1 :]:  # a later one can only be damaged
+    # a later one can only be damaged
+    for other in paths[: max(0, here + 1 - KEPT)] + paths[here + 1 :]:
         other.unlink()
 
 
 def read_checkpoint(folder: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]] | None:
     """(facts, tensors) of the newest checkpoint that is whole; None where there is none at all.
 
-    Raises DescError where none is whole, and where its settings are not `settings`, naming those that differ."""
+    Raises DescError where none is whole, and where its settings are not `settings`, naming those
+    that differ."""
     paths = sorted(folder.glob("*.safetensors"), reverse=True)
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["desc"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if facts["digest"] != _digest({key: value for key, value in facts.items() if key != "digest"}, tensors):
+            if facts["digest"] != _digest(
+                {key: value for key, value in facts.items() if key != "digest"}, tensors
+            ):
                 raise ValueError("its digest is another")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             print(f"{path} is damaged and left aside ({error})")

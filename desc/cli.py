@@ -34,9 +34,15 @@ class Config:
     model: str = flag("smollm2", "smollm2, toy, a Hub id or a folder")
     strategies: str | None = flag(None, "a text file with another taxonomy, one strategy a line")
     out: str = flag("out", "the folder under which every artefact lies")
-    seed: int = flag(0, "seeds the split, the adapters' start, the order of batches and all sampling")
-    dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "of the frozen base model; adapters are float32")
-    max_length: int = flag(2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges")
+    seed: int = flag(
+        0, "seeds the split, the adapters' start, the order of batches and all sampling"
+    )
+    dtype: Literal["bfloat16", "float32"] = flag(
+        "bfloat16", "of the frozen base model; adapters are float32"
+    )
+    max_length: int = flag(
+        2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges"
+    )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,18 +53,31 @@ class Config:
 class DataConfig(Config):
     """Flags of the scripts that read a data set."""
 
-    data: str = flag("sample", "sample (shipped), esconv (fetched from the Hub), or a file in ESConv's schema")
-    split_file: str | None = flag(None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1")
-    eval_dialogues: int = flag(0, "held-out dialogues to use, the first of their split; 0 takes all")
-    max_tokens: int = flag(1024, "tree nodes in one forward pass, or twice the longest sequence where that is more; less needs less memory")
+    data: str = flag(
+        "sample", "sample (shipped), esconv (fetched from the Hub), or a file in ESConv's schema"
+    )
+    split_file: str | None = flag(
+        None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1"
+    )
+    eval_dialogues: int = flag(
+        0, "held-out dialogues to use, the first of their split; 0 takes all"
+    )
+    max_tokens: int = flag(
+        1024,
+        "tree nodes in one forward pass, or twice the longest sequence where that is more; less"
+        " needs less memory",
+    )
 
 
 @dataclass
 class SampleConfig(Config):
-    """Flags of the scripts that let a model answer. The defaults are the paper's, but for the length, which it leaves open."""
+    """Flags of the scripts that let a model answer. The defaults are the paper's, but for the
+    length, which it leaves open."""
 
     temperature: float = flag(0.7, "of sampling; 0 takes the most likely")
-    top_p: float = flag(0.95, "of sampling: only the likeliest tokens, or strategies, that hold this mass")
+    top_p: float = flag(
+        0.95, "of sampling: only the likeliest tokens, or strategies, that hold this mass"
+    )
     max_new_tokens: int = flag(128, "the longest reply")
 
 
@@ -66,19 +85,32 @@ class SampleConfig(Config):
 class AskConfig(DataConfig):
     """Flags of the scripts that may ask a server, or a local annotator."""
 
-    annotator: Literal["none", "local", "endpoint"] = flag("none", "who names errors: nobody, --model with OUT/annotate/sft, --endpoint")
-    endpoint: str | None = flag(None, "URL of a server that speaks OpenAI's protocol; a key is read from $DESC_API_KEY alone")
-    endpoint_model: str = flag("", "the model's name there; {task} in it stands for sp, rg, vanilla, annotate or judge")
+    annotator: Literal["none", "local", "endpoint"] = flag(
+        "none", "who names errors: nobody, --model with OUT/annotate/sft, --endpoint"
+    )
+    endpoint: str | None = flag(
+        None,
+        "URL of a server that speaks OpenAI's protocol; a key is read from $DESC_API_KEY alone",
+    )
+    endpoint_model: str = flag(
+        "", "the model's name there; {task} in it stands for sp, rg, vanilla, annotate or judge"
+    )
     concurrency: int = flag(8, "calls to the endpoint at a time")
     timeout: float = flag(120, "seconds to wait for an answer of the endpoint")
-    max_calls: int = flag(0, "calls to the endpoint that this run may make on all ranks, retries counted; 0 sets no limit")
+    max_calls: int = flag(
+        0,
+        "calls to the endpoint that this run may make on all ranks, retries counted; 0 sets no"
+        " limit",
+    )
 
 
 @dataclass
 class TaskConfig(DataConfig):
     """Flags of the scripts that work on one module."""
 
-    task: Literal[TASKS] = field(kw_only=True, metadata={"help": "planner, generator, or both in one model"})
+    task: Literal[TASKS] = field(
+        kw_only=True, metadata={"help": "planner, generator, or both in one model"}
+    )
 
     @property
     def folder(self) -> Path:
@@ -89,31 +121,69 @@ class TaskConfig(DataConfig):
 class TrainConfig(TaskConfig):
     """Flags of both training scripts."""
 
-    batch_size: int = flag(32, "examples (SFT) or pairs (DPO) in a step; with --share dialogue whole dialogues, as near to it as they come")
-    share: Literal[SHARING] = flag("dialogue", "which equal prefixes are read once; the loss of given examples is the same")
+    batch_size: int = flag(
+        32,
+        "examples (SFT) or pairs (DPO) in a step; with --share dialogue whole dialogues, as near to"
+        " it as they come",
+    )
+    share: Literal[SHARING] = flag(
+        "dialogue", "which equal prefixes are read once; the loss of given examples is the same"
+    )
     rank: int = flag(16, "LoRA's r")
     alpha: float = flag(16, "LoRA's alpha; the update is scaled by alpha / rank")
     dropout: float = flag(0.05, "on the input of the adapters that are trained")
-    warmup: float = flag(0.1, "share of the steps in which the rate rises; afterwards it falls to zero along a cosine")
+    warmup: float = flag(
+        0.1,
+        "share of the steps in which the rate rises; afterwards it falls to zero along a cosine",
+    )
     weight_decay: float = flag(0.0, "AdamW's, on the adapters")
     max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it")
     eval_every: int = flag(50, "steps between scores on validation dialogues")
-    save_every: int = flag(50, "steps between checkpoints; a run that was killed goes on from the last when it is started again")
-    recompute: bool = flag(False, "compute activations again in the backward pass instead of keeping them: less memory, slower")
-    keep: Literal["best", "last"] = flag("best", "the adapter that later steps find; the other one lies in a folder beside it")
-    compile: bool = flag(False, "compile the layers: a little faster after one to two minutes, so for long runs; a CPU needs g++")
-    plan: int = flag(0, "print what the run costs on that many ranks (bytes a rank, steps, tokens) without loading weights, and stop")
-    show_example: bool = flag(False, "print the first example, what carries loss between » and «, and stop")
+    save_every: int = flag(
+        50,
+        "steps between checkpoints; a run that was killed goes on from the last when it is started"
+        " again",
+    )
+    recompute: bool = flag(
+        False,
+        "compute activations again in the backward pass instead of keeping them: less memory,"
+        " slower",
+    )
+    keep: Literal["best", "last"] = flag(
+        "best", "the adapter that later steps find; the other one lies in a folder beside it"
+    )
+    compile: bool = flag(
+        False,
+        "compile the layers: a little faster after one to two minutes, so for long runs; a CPU"
+        " needs g++",
+    )
+    plan: int = flag(
+        0,
+        "print what the run costs on that many ranks (bytes a rank, steps, tokens) without loading"
+        " weights, and stop",
+    )
+    show_example: bool = flag(
+        False, "print the first example, what carries loss between » and «, and stop"
+    )
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the description as it is."""
 
 
-POSITIVE = "batch_size epochs rank max_length max_tokens max_new_tokens samples seeds concurrency timeout"
-COUNTS = "train_dialogues eval_dialogues eval_pairs eval_every save_every plan show max_calls review"
-RANGES = dict.fromkeys(POSITIVE.split(), (1, math.inf)) | dict.fromkeys([*COUNTS.split(), "lr", "temperature"], (0, math.inf))
-RANGES |= dict.fromkeys(["warmup", "min_confidence", "held_out"], (0, 1)) | {"dropout": (0, 0.99), "label_smoothing": (0, 0.5)}
+POSITIVE = (
+    "batch_size epochs rank max_length max_tokens max_new_tokens samples seeds concurrency timeout"
+)
+COUNTS = (
+    "train_dialogues eval_dialogues eval_pairs eval_every save_every plan show max_calls review"
+)
+RANGES = dict.fromkeys(POSITIVE.split(), (1, math.inf)) | dict.fromkeys(
+    [*COUNTS.split(), "lr", "temperature"], (0, math.inf)
+)
+RANGES |= dict.fromkeys(["warmup", "min_confidence", "held_out"], (0, 1)) | {
+    "dropout": (0, 0.99),
+    "label_smoothing": (0, 0.5),
+}
 RANGES |= {"reply_dialogues": (-1, math.inf), "seed": (0, 2**32 - 1), "top_p": (1e-6, 1)}
 
 
@@ -121,23 +191,40 @@ def parse(kind):
     """A configuration from the command line. An unknown flag ends the program with a usage message.
 
     Raises DescError where a number is out of range."""
-    parser = HfArgumentParser(kind, description=sys.modules["__main__"].__doc__, formatter_class=HelpFormatter)
+    parser = HfArgumentParser(
+        kind, description=sys.modules["__main__"].__doc__, formatter_class=HelpFormatter
+    )
     config = kind(**vars(parser.parse_args()))
     for name, (low, high) in RANGES.items():
         if not low <= getattr(config, name, low) <= high:
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise DescError(f"--{name.replace('_', '-')} {getattr(config, name)}: should be {allowed}")
+            raise DescError(
+                f"--{name.replace('_', '-')} {getattr(config, name)}: should be {allowed}"
+            )
     return config
 
 
 def telling(config, *silent: str) -> dict:
-    """The flags that change what a model says of a dialogue: all but those that never do, and `silent`."""
-    silent += ("data", "split_file", "strategies", "out", "max_tokens", "eval_dialogues", "endpoint", "concurrency", "timeout", "max_calls")
+    """The flags that change what a model says of a dialogue: all but those that never do, and
+    `silent`."""
+    silent += (
+        "data",
+        "split_file",
+        "strategies",
+        "out",
+        "max_tokens",
+        "eval_dialogues",
+        "endpoint",
+        "concurrency",
+        "timeout",
+        "max_calls",
+    )
     return {name: value for name, value in asdict(config).items() if name not in silent}
 
 
 def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) -> bool:
-    """Attach the adapter in `folder`, frozen; whether there is one. Says so, or what happens `otherwise`.
+    """Attach the adapter in `folder`, frozen; whether there is one. Says so, or what happens
+    `otherwise`.
 
     Raises DescError where there is none and `otherwise` is None."""
     if (folder / CONFIG).exists():
@@ -152,17 +239,22 @@ def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) ->
 
 def save_config(config, folder: Path) -> None:
     if not distributed.rank():
-        write_json(folder / "config.json", {"desc": __version__, "torch": torch.__version__, **asdict(config)})
+        write_json(
+            folder / "config.json",
+            {"desc": __version__, "torch": torch.__version__, **asdict(config)},
+        )
 
 
 def save_artefact(model, config, folder: Path) -> None:
-    """The model's adapters as one, with the configuration that made it. Every rank must call this; the first writes."""
+    """The model's adapters as one, with the configuration that made it. Every rank must call this;
+    the first writes."""
     save_adapter(model, folder)
     save_config(config, folder)
 
 
 def fail(problem: str) -> None:
-    """One line and an exit status of 1, upon which torchrun ends the other ranks. A mistake that all make is told by the first."""
+    """One line and an exit status of 1, upon which torchrun ends the other ranks. A mistake that
+    all make is told by the first."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if distributed.rank():
         time.sleep(2)

@@ -1,8 +1,9 @@
-"""Ranks: everything that depends on how many processes run is here. With one process, nothing here changes anything.
+"""Ranks: everything that depends on how many processes run is here. With one process, nothing here
+changes anything.
 
-torchrun starts the processes. For training the model is sharded over them by FSDP2: each holds a part of every weight, and each reads
-its part of a batch. For mining and evaluation each process holds the whole model and takes every n-th dialogue.
-"""
+torchrun starts the processes. For training the model is sharded over them by FSDP2: each holds a
+part of every weight, and each reads its part of a batch. For mining and evaluation each process
+holds the whole model and takes every n-th dialogue."""
 
 import os
 import sys
@@ -27,23 +28,29 @@ def size() -> int:
 
 
 def setup() -> torch.device:
-    """This process's device. Joins the processes that torchrun started; all but the first are silenced."""
+    """This process's device. Joins the processes that torchrun started; all but the first are
+    silenced."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if size() > 1 and not dist.is_initialized():
-        # A rank may wait long for one that writes longer replies; should one die, torchrun ends the others.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        # A rank may wait long for one that writes longer replies; should one die, torchrun ends the
+        # others.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1)
+        )
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
 
 
 def shard(model, device: torch.device) -> None:
-    """Split every weight over the ranks (FSDP2): one unit a decoder layer, one of embeddings, last norm and head, which may be tied.
+    """Split every weight over the ranks (FSDP2): one unit a decoder layer, one of embeddings, last
+    norm and head, which may be tied.
 
-    Gathered and used in the base model's dtype, gradients averaged in fp32; what the optimizer holds of the adapters stays fp32."""
+    Gathered and used in the base model's dtype, gradients averaged in fp32; what the optimizer
+    holds of the adapters stays fp32."""
     mesh, decoder = init_device_mesh(device.type, (size(),)), model.model
     policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
     for unit in (*decoder.layers, [decoder.embed_tokens, decoder.norm, model.lm_head], model):
@@ -54,8 +61,11 @@ def sharded(model) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def portion(model, items: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item], Forest]]:
-    """This rank's micro-batches of some items (tree.pack), on its device: all of them, unless the model is sharded."""
+def portion(
+    model, items: list[Item], share: str, max_tokens: int
+) -> list[tuple[list[Item], Forest]]:
+    """This rank's micro-batches of some items (tree.pack), on its device: all of them, unless the
+    model is sharded."""
     batches = pack(items, share, max_tokens, size() if sharded(model) else 1)
     mine = deal(batches, size())[rank()] if sharded(model) else batches
     return [(members, forest.to(model.device)) for members, forest in mine]
@@ -82,7 +92,8 @@ def anyone(flag: bool) -> bool:
 
 
 def barrier() -> None:
-    """Wait until every rank is here. On the CPU: mining may take one rank hours longer than another."""
+    """Wait until every rank is here. On the CPU: mining may take one rank hours longer than
+    another."""
     anyone(False)
 
 

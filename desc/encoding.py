@@ -1,4 +1,5 @@
-"""Messages -> token ids. Prompt and completion are tokenised apart, so no token can straddle their boundary (trl#2054)."""
+"""Messages -> token ids. Prompt and completion are tokenised apart, so no token can straddle their
+boundary (trl#2054)."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,8 @@ from desc.prompts import Example, Messages, drop_oldest
 
 
 class Sequence(NamedTuple):
-    """One prompt with one completion. The loss counts every token of the completion, its end-of-turn token too."""
+    """One prompt with one completion. The loss counts every token of the completion, its
+    end-of-turn token too."""
 
     prompt: list[int]
     completion: list[int]
@@ -19,7 +21,8 @@ class Sequence(NamedTuple):
 
 @dataclass
 class Item:
-    """What a loss needs together: an example's sequence (SFT), or the chosen and the rejected one of a pair (DPO)."""
+    """What a loss needs together: an example's sequence (SFT), or the chosen and the rejected one
+    of a pair (DPO)."""
 
     id: str
     dialogue: str
@@ -29,23 +32,32 @@ class Item:
 
 @lru_cache
 def end_of_turn(tokenizer) -> int:
-    """The token with which this model's chat template ends an assistant's message (for Gemma, say, not the eos token)."""
+    """The token with which this model's chat template ends an assistant's message (for Gemma, say,
+    not the eos token)."""
     mark = "desc"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}], tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}], tokenize=False
+    )
     tail = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     if not (ends := [token for token in tail if token in special]):
-        raise DescError("this model's chat template ends an assistant's message with no special token; use an instruct model")
+        raise DescError(
+            "this model's chat template ends an assistant's message with no special token; use an"
+            " instruct model"
+        )
     return ends[0]
 
 
 @lru_cache
 def _special_texts(tokenizer) -> tuple[str, ...]:
-    return tuple({*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())})
+    return tuple(
+        {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())}
+    )
 
 
 def _plain(tokenizer, text: str) -> str:
-    """Utterances are data: "<|im_end|>" typed by a seeker must not end a turn, so such a text is broken by a blank."""
+    """Utterances are data: "<|im_end|>" typed by a seeker must not end a turn, so such a text is
+    broken by a blank."""
     for special in _special_texts(tokenizer):
         if len(special) > 1 and not special.isspace():
             text = text.replace(special, special[0] + " " + special[1:])
@@ -58,31 +70,53 @@ def encode_prompt(tokenizer, messages: Messages) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError) as error:
-        raise DescError(f"the model's chat template cannot render these messages ({error}); use an instruct model") from None
+        raise DescError(
+            f"the model's chat template cannot render these messages ({error}); use an instruct"
+            " model"
+        ) from None
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def encode(tokenizer, name: str, dialogue: str, messages: Messages, completions: list[str], max_length: int, end: bool = True) -> Item:
-    """Tokenise one prompt with each of its completions, dropping the oldest exchanges until all fit in `max_length` tokens.
+def encode(
+    tokenizer,
+    name: str,
+    dialogue: str,
+    messages: Messages,
+    completions: list[str],
+    max_length: int,
+    end: bool = True,
+) -> Item:
+    """Tokenise one prompt with each of its completions, dropping the oldest exchanges until all fit
+    in `max_length` tokens.
 
-    `end=False` leaves the end-of-turn token out, for a completion that goes on (the tag of "[strategy] reply").
-    Raises DescError where the system message, the latest turn and the completion alone are too long."""
+    `end=False` leaves the end-of-turn token out, for a completion that goes on (the tag of
+    "[strategy] reply"). Raises DescError where the system message, the latest turn and the
+    completion alone are too long."""
     ending = [end_of_turn(tokenizer)] if end else []
-    tails = [tokenizer(_plain(tokenizer, text), add_special_tokens=False).input_ids + ending for text in completions]
+    tails = [
+        tokenizer(_plain(tokenizer, text), add_special_tokens=False).input_ids + ending
+        for text in completions
+    ]
     longest, kept, cut = max(map(len, tails)), messages, 0
     while len(prompt := encode_prompt(tokenizer, kept)) + longest > max_length:
         kept, cut = drop_oldest(kept), cut + 1
         if kept is None:
-            raise DescError(f"{name}: the latest turn alone has more than {max_length} tokens; raise --max-length")
+            raise DescError(
+                f"{name}: the latest turn alone has more than {max_length} tokens; raise"
+                " --max-length"
+            )
     return Item(name, dialogue, [Sequence(prompt, tail) for tail in tails], cut)
 
 
 def encode_example(tokenizer, example: Example, max_length: int) -> Item:
     """One supporter turn with the human answer, for SFT."""
     name = f"{example.dialogue}/{example.turn}"
-    return encode(tokenizer, name, example.dialogue, example.messages, [example.completion], max_length)
+    return encode(
+        tokenizer, name, example.dialogue, example.messages, [example.completion], max_length
+    )
 
 
 def mark_loss(tokenizer, sequence: Sequence) -> str:
-    """The sequence as text, the part that carries loss between » and «: what --show-example prints."""
+    """The sequence as text, the part that carries loss between » and «: what --show-example
+    prints."""
     return f"{tokenizer.decode(sequence.prompt)}»{tokenizer.decode(sequence.completion)}«"

@@ -30,7 +30,9 @@ def write_json(path: Path, value) -> None:
 
 def write_lines(path: Path, records: list[dict]) -> None:
     """JSON lines."""
-    write_bytes(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    write_bytes(
+        path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    )
 
 
 def append_line(path: Path, record: dict) -> None:
@@ -63,17 +65,25 @@ def parse(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, too
-        raise DescError(f"{where} is not JSON, or is cut off, and cannot be read ({error})") from None
+        raise DescError(
+            f"{where} is not JSON, or is cut off, and cannot be read ({error})"
+        ) from None
 
 
 def read_lines(path: str | Path) -> list:
     """JSON lines, blank ones left out; DescError naming the line that is none."""
-    lines = read_text(path).split("\n")  # not splitlines(): JSON may hold U+2028 and U+0085 as they are
-    return [parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    # not splitlines(): JSON may hold U+2028 and U+0085 as they are
+    lines = read_text(path).split("\n")
+    return [
+        parse(line, f"{path}: line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
 def read_records(path: str | Path) -> list:
-    """The elements of a JSON list, one JSON object, or JSON lines; DescError where it is none of these."""
+    """The elements of a JSON list, one JSON object, or JSON lines; DescError where it is none of
+    these."""
     text = read_text(path)
     first = text.strip().partition("\n")[0].rstrip()
     if first.startswith("{") and first.endswith("}"):

@@ -1,4 +1,5 @@
-"""What a long run has done so far, dialogue by dialogue: killed and started again, it goes on from there, on any number of ranks."""
+"""What a long run has done so far, dialogue by dialogue: killed and started again, it goes on from
+there, on any number of ranks."""
 
 import hashlib
 from pathlib import Path
@@ -14,12 +15,17 @@ def key(*parts) -> str:
 
 
 class Journal:
-    """FOLDER/NAME.jsonl, which a run that ended leaves, and beside it a NAME.RANK.jsonl for each rank of a run under way. The first line
-    of each are the settings, then a record a piece of work, whole on disk once `append` returns."""
+    """FOLDER/NAME.jsonl, which a run that ended leaves, and beside it a NAME.RANK.jsonl for each
+    rank of a run under way. The first line of each are the settings, then a record a piece of work,
+    whole on disk once `append` returns."""
 
     def __init__(self, folder: Path, name: str, settings: dict):
-        """Every rank must call this. Raises DescError where a run under way was begun with other settings, naming them."""
-        self.whole, self.mine = folder / f"{name}.jsonl", folder / f"{name}.{distributed.rank()}.jsonl"
+        """Every rank must call this. Raises DescError where a run under way was begun with other
+        settings, naming them."""
+        self.whole, self.mine = (
+            folder / f"{name}.jsonl",
+            folder / f"{name}.{distributed.rank()}.jsonl",
+        )
         self.settings = settings
         for part in self.parts() if not distributed.rank() else ():
             mend(part)
@@ -34,7 +40,9 @@ class Journal:
 
     def read(self) -> dict[str, dict]:
         """The records by key."""
-        before, *records = (read_lines(self.whole) if self.whole.exists() else []) or [self.settings]
+        before, *records = (read_lines(self.whole) if self.whole.exists() else []) or [
+            self.settings
+        ]
         records = records if before == self.settings else []
         for part in self.parts():
             before, *more = read_lines(part) or [self.settings]
@@ -48,7 +56,8 @@ class Journal:
         append_line(self.mine, record)
 
     def finish(self, keys: list[str]) -> list[dict]:
-        """All ranks' records in the order of `keys`, and nothing half done any more. Only the first rank may call this, after all."""
+        """All ranks' records in the order of `keys`, and nothing half done any more. Only the first
+        rank may call this, after all."""
         done = self.read()
         records = {key: done[key] for key in keys}
         write_lines(self.whole, [self.settings, *(records | done).values()])

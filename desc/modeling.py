@@ -21,30 +21,43 @@ from desc.tree import Forest, dense_mask
 
 
 def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", empty: bool = False):
-    """(model, tokenizer) for "toy", "smollm2", a Hub id or a folder; safetensors only, no code from the Hub is run.
+    """(model, tokenizer) for "toy", "smollm2", a Hub id or a folder; safetensors only, no code from
+    the Hub is run.
 
-    `empty` leaves the weights on the meta device, for `distributed.shard` and `read_weights` to come, or to plan with.
-    Raises DescError where it cannot be had, has no chat template, or has layers that a prefix tree cannot run."""
+    `empty` leaves the weights on the meta device, for `distributed.shard` and `read_weights` to
+    come, or to plan with. Raises DescError where it cannot be had, has no chat template, or has
+    layers that a prefix tree cannot run."""
     folder = zoo.locate(name)
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise DescError(f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise DescError(
+            f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})"
+        ) from None
     if not tokenizer.chat_template:
         raise DescError(f"--model {name}: has no chat template; use an instruct model")
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd or not hasattr(config, "num_attention_heads"):
-        raise DescError(f"--model {name}: {', '.join(sorted(odd)) or config.model_type} layers cannot run on a prefix tree")
+        raise DescError(
+            f"--model {name}: {', '.join(sorted(odd)) or config.model_type} layers cannot run on a"
+            " prefix tree"
+        )
     kernel = attention.register()
     try:
         if empty:
             with register_module_parameter_registration_hook(_without_values):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=kernel
+                )
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True
+            )
     except (OSError, ValueError) as error:
-        raise DescError(f"--model {name}: weights cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise DescError(
+            f"--model {name}: weights cannot be loaded ({str(error).splitlines()[0]})"
+        ) from None
     # A model's own sampling defaults (top_k, repetition penalty) must not leak into ours.
     stop = end_of_turn(tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
@@ -53,13 +66,15 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", em
 
 
 def _without_values(module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    """As a hook: parameters get no values, whereas buffers (of rotary embeddings, say) are computed as ever."""
+    """As a hook: parameters get no values, whereas buffers (of rotary embeddings, say) are computed
+    as ever."""
     if not parameter.is_meta:  # a tied weight is on meta already, and must stay one with its twin
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
 
 def read_weights(model) -> None:
-    """Give a sharded, empty model its values: each rank reads its own rows of each weight from the model's safetensors files.
+    """Give a sharded, empty model its values: each rank reads its own rows of each weight from the
+    model's safetensors files.
 
     Raises DescError where a weight is not in them."""
     folder = Path(model.name_or_path)
@@ -71,49 +86,91 @@ def read_weights(model) -> None:
         with safe_open(path, "pt") as file:
             for name in empty.keys() & file.keys():
                 p = empty[name]
-                local = file.get_slice(name)[distributed.rows(p)].to(p.dtype).to(p.device_mesh.device_type)
-                whole = DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+                local = (
+                    file.get_slice(name)[distributed.rows(p)]
+                    .to(p.dtype)
+                    .to(p.device_mesh.device_type)
+                )
+                whole = DTensor.from_local(
+                    local,
+                    p.device_mesh,
+                    p.placements,
+                    run_check=False,
+                    shape=p.shape,
+                    stride=p.stride(),
+                )
                 values[id(p)] = nn.Parameter(whole, requires_grad=False)
-    read = {name: values[id(p)] for name, p in empty.items() if id(p) in values}  # both names of a tied weight
+    # both names of a tied weight
+    read = {name: values[id(p)] for name, p in empty.items() if id(p) in values}
     model.load_state_dict(read, strict=False, assign=True)
     if missing := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise DescError(f"{folder}: its safetensors files lack {', '.join(missing[:3])} …; only one process can run this model")
+        raise DescError(
+            f"{folder}: its safetensors files lack {', '.join(missing[:3])} …; only one process can"
+            " run this model"
+        )
 
 
 def compile_layers(model) -> None:
-    """Let TorchInductor fuse the element-wise work of the decoder's layers: up to a tenth faster on a CPU, after a minute or two.
+    """Let TorchInductor fuse the element-wise work of the decoder's layers: up to a tenth faster on
+    a CPU, after a minute or two.
 
-    Rounding between fused operations stays as it is without, so that a policy equals its reference to the bit there too. Raises
-    DescError where a CPU has no C++ compiler."""
-    if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise DescError("--compile needs a C++ compiler on a CPU: install g++, or leave the flag out")
+    Rounding between fused operations stays as it is without, so that a policy equals its reference
+    to the bit there too. Raises DescError where a CPU has no C++ compiler."""
+    if model.device.type == "cpu" and not any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    ):
+        raise DescError(
+            "--compile needs a C++ compiler on a CPU: install g++, or leave the flag out"
+        )
     for layer in model.get_submodule("model.layers"):
         # its forward alone: the hooks by which FSDP gathers weights stay outside
-        layer.forward = torch.compile(layer.forward, dynamic=True, options={"emulate_precision_casts": True})
+        layer.forward = torch.compile(
+            layer.forward, dynamic=True, options={"emulate_precision_casts": True}
+        )
 
 
 def recompute_activations(model) -> None:
-    """Activation checkpointing: in training mode a layer keeps its input alone and runs again in the backward pass."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the older name
+    """Activation checkpointing: in training mode a layer keeps its input alone and runs again in
+    the backward pass."""
+    # the older name
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": False})
 
 
 @lru_cache(maxsize=2)  # reference and policy read the same forest
 def tree_mask(forest: Forest, window: int | None):
     """(1, 1, N, N): bool on the CPU, in blocks elsewhere."""
-    return dense_mask(forest, window)[None, None] if forest.ids.device.type == "cpu" else attention.flex_mask(forest, window)
+    return (
+        dense_mask(forest, window)[None, None]
+        if forest.ids.device.type == "cpu"
+        else attention.flex_mask(forest, window)
+    )
 
 
-def forward(model, ids, depth, mask: Callable, rows: torch.Tensor | int = 0, cache=None) -> torch.Tensor:
-    """Logits (M, V) at the nodes `rows` (M,), or at all for 0, of N nodes: tokens `ids` (N,) at positions `depth` (N,).
+def forward(
+    model, ids, depth, mask: Callable, rows: torch.Tensor | int = 0, cache=None
+) -> torch.Tensor:
+    """Logits (M, V) at the nodes `rows` (M,), or at all for 0, of N nodes: tokens `ids` (N,) at
+    positions `depth` (N,).
 
-    mask(window) is what they may see of each other and, before them, of what lies in `cache`, which takes them up: as
-    attention.tree_attention wants it, of the whole path or, in layers with a sliding window, of its last `window` tokens."""
-    window, layers = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
+    mask(window) is what they may see of each other and, before them, of what lies in `cache`, which
+    takes them up: as attention.tree_attention wants it, of the whole path or, in layers with a
+    sliding window, of its last `window` tokens."""
+    window, layers = (
+        getattr(model.config, "sliding_window", None),
+        getattr(model.config, "layer_types", None),
+    )
     if window is None or (layers and "sliding_attention" not in layers):
         seen = mask(None)
     else:
-        seen = {"full_attention": mask(None), "sliding_attention": mask(window)} if layers else mask(window)
+        seen = (
+            {"full_attention": mask(None), "sliding_attention": mask(window)}
+            if layers
+            else mask(window)
+        )
     return model(
         input_ids=ids[None],
         position_ids=depth[None],
@@ -125,12 +182,15 @@ def forward(model, ids, depth, mask: Callable, rows: torch.Tensor | int = 0, cac
 
 
 def sequence_logps(model, forest: Forest) -> torch.Tensor:
-    """log π(completion | prompt) of every sequence of the forest, summed over the completion's tokens: (S,) fp32.
+    """log π(completion | prompt) of every sequence of the forest, summed over the completion's
+    tokens: (S,) fp32.
 
-    One forward over the N nodes. Only the M rows that predict a completion token meet the head, so a large vocabulary costs
-    M × V instead of N × V; log-softmax and sums are in fp32 (in bf16, steps near -200 are 1.0 wide)."""
+    One forward over the N nodes. Only the M rows that predict a completion token meet the head, so
+    a large vocabulary costs M × V instead of N × V; log-softmax and sums are in fp32 (in bf16,
+    steps near -200 are 1.0 wide)."""
     forest = forest.to(model.device)
     logits = forward(model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows)
     logps = -F.cross_entropy(logits.float(), forest.targets, reduction="none")  # (M,)
     mine = torch.arange(forest.size, device=logps.device)[:, None] == forest.owner  # (S, M)
-    return mine.to(logps.dtype) @ logps  # (S,); index_add would sum in another order each time on CUDA
+    # (S,); index_add would sum in another order each time on CUDA
+    return mine.to(logps.dtype) @ logps

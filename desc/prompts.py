@@ -1,8 +1,8 @@
 """(task, dialogue, turn) -> the messages a module reads and the completion it should write.
 
-p(strategy, reply | context) = p_SP(strategy | context) · p_RG(reply | context, strategy): `sp` and `rg` are the two factors,
-`vanilla` is one model for both. The contents of the system messages follow the paper's release; the words are our own.
-"""
+p(strategy, reply | context) = p_SP(strategy | context) · p_RG(reply | context, strategy): `sp` and
+`rg` are the two factors, `vanilla` is one model for both. The contents of the system messages
+follow the paper's release; the words are our own."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,24 @@ TASKS = ("sp", "rg", "vanilla")
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": …}, …]
 
 PLANNER = (
-    "You are an expert in emotional support. Below is a conversation between a seeker, who is in distress, and a supporter. "
-    "Identify the strategy that the supporter should use in the next turn. The strategies are: {names}. "
-    "Answer with the name of one strategy alone, and nothing else."
+    "You are an expert in emotional support. Below is a conversation between a seeker, who is in"
+    " distress, and a supporter. Identify the strategy that the supporter should use in the next"
+    " turn. The strategies are: {names}. Answer with the name of one strategy alone, and nothing"
+    " else."
 )
 COUNSELLOR = (
-    "You are a professional psychologist who supports a person in emotional distress. Speak naturally, as in a chat: "
-    "neither too long nor too short, without lecturing, and fitted to what this person has told you. "
+    "You are a professional psychologist who supports a person in emotional distress. Speak"
+    " naturally, as in a chat: neither too long nor too short, without lecturing, and fitted to"
+    " what this person has told you. "
 )
-RESPONDER = COUNSELLOR + (
-    "You are given a reference strategy, and your reply follows it. The strategies are: {names}. Your current strategy is: {strategy}"
+RESPONDER = (
+    COUNSELLOR
+    + "You are given a reference strategy, and your reply follows it. The strategies are: {names}."
+    " Your current strategy is: {strategy}"
 )
-VANILLA = COUNSELLOR + (
-    "Every turn of yours has two parts: first the strategy in square brackets, then the reply. "
+VANILLA = (
+    COUNSELLOR
+    + "Every turn of yours has two parts: first the strategy in square brackets, then the reply. "
     "The strategies are: {names}. The format is: [strategy] reply"
 )
 
@@ -40,18 +45,35 @@ class Example:
     completion: str
 
 
-def build_messages(task: str, dialogue: Dialogue, turn: int, strategy: str | None = None, strategies: Strategies = ESCONV) -> Messages:
-    """What the module of `task` reads before supporter turn `turn`, with the human history. `strategy` is for rg alone."""
+def build_messages(
+    task: str,
+    dialogue: Dialogue,
+    turn: int,
+    strategy: str | None = None,
+    strategies: Strategies = ESCONV,
+) -> Messages:
+    """What the module of `task` reads before supporter turn `turn`, with the human history.
+    `strategy` is for rg alone."""
     history = dialogue.history(turn)
     if task == "sp":
-        # A line that looks like a turn's beginning is broken by a blank, so that drop_oldest finds turns alone.
-        flat = "".join(f"{now.speaker}: {now.text}".replace("\nseeker: ", "\nseeker : ") + "\n" for now in history)
-        return [{"role": "system", "content": PLANNER.format(names=", ".join(strategies))}, {"role": "user", "content": flat}]
+        # A line that looks like a turn's beginning is broken by a blank, so that drop_oldest finds
+        # turns alone.
+        flat = "".join(
+            f"{now.speaker}: {now.text}".replace("\nseeker: ", "\nseeker : ") + "\n"
+            for now in history
+        )
+        return [
+            {"role": "system", "content": PLANNER.format(names=", ".join(strategies))},
+            {"role": "user", "content": flat},
+        ]
     if task == "rg":
         system = RESPONDER.format(names=", ".join(strategies), strategy=strategy)
     else:
         system = VANILLA.format(names=", ".join(f"[{name}]" for name in strategies))
-    said = [now.text if now.speaker == "seeker" else build_completion(task, now.strategy, now.text) for now in history]
+    said = [
+        now.text if now.speaker == "seeker" else build_completion(task, now.strategy, now.text)
+        for now in history
+    ]
     roles = ["system", *("user" if now.speaker == "seeker" else "assistant" for now in history)]
     return [{"role": role, "content": text} for role, text in zip(roles, [system, *said])]
 
@@ -61,21 +83,29 @@ def build_completion(task: str, strategy: str, reply: str) -> str:
     return {"sp": strategy, "rg": reply, "vanilla": f"[{strategy}] {reply}"}[task]
 
 
-def build_examples(task: str, dialogues: list[Dialogue], strategies: Strategies = ESCONV) -> list[Example]:
+def build_examples(
+    task: str, dialogues: list[Dialogue], strategies: Strategies = ESCONV
+) -> list[Example]:
     """Every supporter turn of every dialogue, with the human answer as its completion."""
     examples = []
     for dialogue in dialogues:
         for turn, gold in enumerate(dialogue.turns[1::2]):
             messages = build_messages(task, dialogue, turn, gold.strategy, strategies)
-            examples.append(Example(dialogue.id, turn, messages, build_completion(task, gold.strategy, gold.text)))
+            examples.append(
+                Example(
+                    dialogue.id, turn, messages, build_completion(task, gold.strategy, gold.text)
+                )
+            )
     return examples
 
 
 def drop_oldest(messages: Messages) -> Messages | None:
-    """The messages without their oldest exchange, system message and latest turn untouched; None where there is none to drop."""
+    """The messages without their oldest exchange, system message and latest turn untouched; None
+    where there is none to drop."""
     if len(messages) > 2:
         return messages[:1] + messages[3:]
     system, user = messages
     flat = user["content"]
-    second = flat.find("\nseeker: ") if flat.endswith("\n") else -1  # only sp's flattened history ends in a line break
+    # only sp's flattened history ends in a line break
+    second = flat.find("\nseeker: ") if flat.endswith("\n") else -1
     return None if second < 0 else [system, {"role": "user", "content": flat[second + 1 :]}]

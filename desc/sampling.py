@@ -21,39 +21,65 @@ from desc.tree import grow, sees
 
 
 def seeded(*parts) -> torch.Generator:
-    """A generator whose seed depends on all of `parts`, so that work done in any order, or resumed, draws the same."""
+    """A generator whose seed depends on all of `parts`, so that work done in any order, or resumed,
+    draws the same."""
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
 
 
 def score_strategies(
-    model, tokenizer, task: str, dialogues: list[Dialogue], strategies: Strategies = ESCONV, max_length: int = 2048, max_tokens: int = 2048
+    model,
+    tokenizer,
+    task: str,
+    dialogues: list[Dialogue],
+    strategies: Strategies = ESCONV,
+    max_length: int = 2048,
+    max_tokens: int = 2048,
 ) -> torch.Tensor:
-    """log p(strategy | context) of every strategy at every supporter turn, human history: (T, K) fp32, rows sum to 1 in probability.
+    """log p(strategy | context) of every strategy at every supporter turn, human history: (T, K)
+    fp32, rows sum to 1 in probability.
 
-    The K names are K branches at each turn of a dialogue's tree. `sp` scores "name" with its end of turn; `vanilla` scores the
-    tag "[name]" that opens its completion. Probability on anything but a name is left out by normalising."""
+    The K names are K branches at each turn of a dialogue's tree. `sp` scores "name" with its end of
+    turn; `vanilla` scores the tag "[name]" that opens its completion. Probability on anything but a
+    name is left out by normalising."""
     texts = [f"[{name}]" if task == "vanilla" else name for name in strategies]
     items = []
     for dialogue in dialogues:
         for turn in range(len(dialogue)):
             messages = build_messages(task, dialogue, turn, strategies=strategies)
-            items.append(encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, texts, max_length, end=task == "sp"))
+            items.append(
+                encode(
+                    tokenizer,
+                    f"{dialogue.id}/{turn}",
+                    dialogue.id,
+                    messages,
+                    texts,
+                    max_length,
+                    end=task == "sp",
+                )
+            )
     return score(model, items, max_tokens)
 
 
 @torch.no_grad()
 def score(model, items: list[Item], max_tokens: int) -> torch.Tensor:
-    """log p(completion | prompt), normalised over each item's K completions: (len(items), K) fp32. Items are told apart by id."""
+    """log p(completion | prompt), normalised over each item's K completions: (len(items), K) fp32.
+    Items are told apart by id."""
     scored = []
     for members, forest in distributed.portion(model, items, "dialogue", max_tokens):
-        logps = sequence_logps(model, forest).view(len(members), len(items[0].sequences)).log_softmax(-1).cpu()
+        logps = (
+            sequence_logps(model, forest)
+            .view(len(members), len(items[0].sequences))
+            .log_softmax(-1)
+            .cpu()
+        )
         scored += zip((item.id for item in members), logps)
     rows = dict(chain(*distributed.collect(scored))) if distributed.sharded(model) else dict(scored)
     return torch.stack([rows[item.id] for item in items])
 
 
 def temper(logps: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Probabilities (…, K) as sampled: sharpened by 1/temperature, then the smallest set of at least `top_p` mass, renormalised.
+    """Probabilities (…, K) as sampled: sharpened by 1/temperature, then the smallest set of at
+    least `top_p` mass, renormalised.
 
     Temperature 0 puts all mass on the most likely."""
     if temperature == 0:
@@ -64,30 +90,49 @@ def temper(logps: torch.Tensor, temperature: float, top_p: float) -> torch.Tenso
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum(-1, keepdim=True))
 
 
-def draw_strategies(logps: torch.Tensor, config, dialogue: Dialogue, strategies: Strategies) -> list[str]:
+def draw_strategies(
+    logps: torch.Tensor, config, dialogue: Dialogue, strategies: Strategies
+) -> list[str]:
     """A strategy from each row of log-probabilities (T, K), of turns of `dialogue`.
 
-    `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw together with the dialogue's id."""
+    `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw
+    together with the dialogue's id."""
     probabilities = temper(logps, config.temperature, config.top_p)
-    drawn = torch.multinomial(probabilities, 1, generator=seeded(config.seed, "plan", dialogue.id))[:, 0]
+    drawn = torch.multinomial(probabilities, 1, generator=seeded(config.seed, "plan", dialogue.id))[
+        :, 0
+    ]
     return [strategies[i] for i in drawn.tolist()]
 
 
 def write_dialogue(
-    model, tokenizer, config, task: str, dialogue: Dialogue, planned: list[tuple[int, str | None]], strategies: Strategies
+    model,
+    tokenizer,
+    config,
+    task: str,
+    dialogue: Dialogue,
+    planned: list[tuple[int, str | None]],
+    strategies: Strategies,
 ) -> list[str]:
-    """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history; one sampled text each.
+    """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history;
+    one sampled text each.
 
-    The strategy goes into rg's system message, and opens vanilla's answer as the tag "[strategy]", which is not repeated in what is
-    returned; None leaves the whole answer to vanilla or sp (free decoding). The history is cut to leave room for max_new_tokens."""
+    The strategy goes into rg's system message, and opens vanilla's answer as the tag "[strategy]",
+    which is not repeated in what is returned; None leaves the whole answer to vanilla or sp (free
+    decoding). The history is cut to leave room for max_new_tokens."""
     prompts = []
     for turn, strategy in planned:
         messages = build_messages(task, dialogue, turn, strategy, strategies)
         tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
         room = config.max_length - config.max_new_tokens
-        item = encode(tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, [tag], room, end=False)
+        item = encode(
+            tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, [tag], room, end=False
+        )
         prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
-    written = generate(model, prompts, config, seeded(config.seed, "write", dialogue.id).initial_seed()) if prompts else []
+    written = (
+        generate(model, prompts, config, seeded(config.seed, "write", dialogue.id).initial_seed())
+        if prompts
+        else []
+    )
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
@@ -103,18 +148,24 @@ def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[in
 def grow_branches(model, prompts: list[list[int]], config, seed: int) -> Iterator[tuple[int, int]]:
     """The tokens of `generate` as they are drawn, each with its prompt's index.
 
-    The prompts are read once, as the tree that they are. Then each continuation is a branch that grows from its prompt's last node, a
-    token at a time, and sees its ancestors and itself alone."""
+    The prompts are read once, as the tree that they are. Then each continuation is a branch that
+    grows from its prompt's last node, a token at a time, and sees its ancestors and itself
+    alone."""
     stop = model.generation_config.eos_token_id
     forest = grow([Sequence(prompt, [stop]) for prompt in prompts]).to(model.device)
     draw, cache = torch.Generator(model.device).manual_seed(seed), DynamicCache()
-    logits = forward(model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows, cache)
+    logits = forward(
+        model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows, cache
+    )
     branches = torch.arange(len(prompts), device=model.device)
     growing, depth = branches, forest.depth
     nodes = torch.arange(len(depth), device=model.device)
-    visible = sees(forest)(forest.rows[:, None], nodes)  # (B, L): what the next token of each branch sees
+    # (B, L): what the next token of each branch sees
+    visible = sees(forest)(forest.rows[:, None], nodes)
     for length in range(1, config.max_new_tokens + 1):
-        tokens = torch.multinomial(temper(logits.float(), config.temperature, config.top_p), 1, generator=draw)[:, 0]
+        tokens = torch.multinomial(
+            temper(logits.float(), config.temperature, config.top_p), 1, generator=draw
+        )[:, 0]
         growing, tokens = growing[tokens != stop], tokens[tokens != stop]
         yield from zip(growing.tolist(), tokens.tolist())
         if not len(growing) or length == config.max_new_tokens:
@@ -123,15 +174,20 @@ def grow_branches(model, prompts: list[list[int]], config, seed: int) -> Iterato
         depth = torch.cat([depth, here])
         visible = torch.cat([visible, branches[:, None] == growing], dim=1)
 
-        def mask(window: int | None):
-            seen = visible[growing]
-            return (seen if window is None else seen & (here[:, None] - depth < window))[None, None]
-
+        mask = partial(branch_mask, visible[growing], here[:, None] - depth)
         logits = forward(model, tokens, here, mask, cache=cache)
 
 
+def branch_mask(visible: torch.Tensor, distance: torch.Tensor, window: int | None) -> torch.Tensor:
+    """(1, 1, B, L): what B new tokens see of L nodes, from what is on their paths (B, L) and how
+    many tokens back it lies (B, L). With `window`, only the last `window` tokens."""
+    seen = visible if window is None else visible & (distance < window)
+    return seen[None, None]
+
+
 def stream_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of a reply in the pieces that its tokens add. White space at the end, and half a character, wait for what follows."""
+    """The text of a reply in the pieces that its tokens add. White space at the end, and half a
+    character, wait for what follows."""
     ids, before = [], ""
     for token in tokens:
         ids.append(token)
@@ -143,7 +199,8 @@ def stream_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class LocalSampler:
-    """Answers with the model's own modules; an adapter that bears a module's name is that module."""
+    """Answers with the model's own modules; an adapter that bears a module's name is that
+    module."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -153,12 +210,24 @@ class LocalSampler:
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
         config = self.config
         with adapter_only(self.model, task):
-            logps = score_strategies(self.model, self.tokenizer, task, [dialogue], self.strategies, config.max_length, config.max_tokens)
+            logps = score_strategies(
+                self.model,
+                self.tokenizer,
+                task,
+                [dialogue],
+                self.strategies,
+                config.max_length,
+                config.max_tokens,
+            )
         return draw_strategies(logps[turns], config, dialogue, self.strategies)
 
-    def write(self, dialogue: Dialogue, planned: list[tuple[int, str]], task: str = "rg") -> list[str]:
+    def write(
+        self, dialogue: Dialogue, planned: list[tuple[int, str]], task: str = "rg"
+    ) -> list[str]:
         with adapter_only(self.model, task):
-            return write_dialogue(self.model, self.tokenizer, self.config, task, dialogue, planned, self.strategies)
+            return write_dialogue(
+                self.model, self.tokenizer, self.config, task, dialogue, planned, self.strategies
+            )
 
     def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str, str]]:
         planned = self.plan(dialogue, turns, "vanilla")
@@ -167,16 +236,26 @@ class LocalSampler:
 
 @dataclass(frozen=True)
 class EndpointSampler:
-    """Answers with models behind an endpoint, which decode freely: what they write may name no strategy."""
+    """Answers with models behind an endpoint, which decode freely: what they write may name no
+    strategy."""
 
     endpoint: Endpoint
     config: object  # a desc.cli.SampleConfig
     strategies: Strategies
 
-    def ask(self, task: str, dialogue: Dialogue, planned: Iterable[tuple[int, str | None]]) -> list[str]:
-        asked = [build_messages(task, dialogue, turn, strategy, self.strategies) for turn, strategy in planned]
+    def ask(
+        self, task: str, dialogue: Dialogue, planned: Iterable[tuple[int, str | None]]
+    ) -> list[str]:
+        asked = [
+            build_messages(task, dialogue, turn, strategy, self.strategies)
+            for turn, strategy in planned
+        ]
         config = self.config
-        settings = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
+        settings = {
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "max_tokens": config.max_new_tokens,
+        }
         seed = seeded(config.seed, task, dialogue.id).initial_seed()
         return [text.strip() for text in self.endpoint.ask_all(asked, task, seed, **settings)]
 
@@ -187,4 +266,7 @@ class EndpointSampler:
         return self.ask("rg", dialogue, planned)
 
     def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str | None, str]]:
-        return [self.strategies.split_tag(text) for text in self.ask("vanilla", dialogue, [(turn, None) for turn in turns])]
+        return [
+            self.strategies.split_tag(text)
+            for text in self.ask("vanilla", dialogue, [(turn, None) for turn in turns])
+        ]

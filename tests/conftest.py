@@ -16,11 +16,21 @@ from desc.modeling import load
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes: on SmolLM2's real weights, and those that compile")
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help=(
+            "also run the tests that take minutes: on SmolLM2's real weights, and those that"
+            " compile"
+        ),
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes (SmolLM2's real weights, compilation); runs only with --slow")
+    config.addinivalue_line(
+        "markers",
+        "slow: takes minutes (SmolLM2's real weights, compilation); runs only with --slow",
+    )
     torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
 
 
@@ -39,7 +49,8 @@ def seed():
 
 @pytest.fixture(scope="session")
 def toy():
-    """(model, tokenizer), shared by all tests: a test that adds adapters does so on a copy.deepcopy of the model."""
+    """(model, tokenizer), shared by all tests: a test that adds adapters does so on a copy.deepcopy
+    of the model."""
     return load("toy", torch.float32)
 
 
@@ -58,14 +69,16 @@ def esconv_path():
     """ESConv.json with the DecoupledESC split.json beside it; never part of the repository."""
     path = Path(os.environ.get("DESC_ESCONV", ""))
     if not path.is_file():
-        pytest.skip("set DESC_ESCONV to an ESConv.json that has the DecoupledESC split.json beside it")
+        pytest.skip(
+            "set DESC_ESCONV to an ESConv.json that has the DecoupledESC split.json beside it"
+        )
     return path
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on loopback that answers each call by the next of server.script (a status, a text, whole bytes, or a function of the call
-    that gives one), and by the last ever after."""
+    """A server on loopback that answers each call by the next of server.script (a status, a text,
+    whole bytes, or a function of the call that gives one), and by the last ever after."""
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: server.waits.append(seconds))
     monkeypatch.setenv("DESC_API_KEY", "hush")
 
@@ -78,9 +91,21 @@ def server(monkeypatch):
             now = now(body) if callable(now) else now
             message = {"role": "assistant", "content": now if isinstance(now, str) else ""}
             answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-            answer |= {"id": "1", "created": 0, "model": "m", "object": "chat.completion", "system_fingerprint": ""}
+            answer |= {
+                "id": "1",
+                "created": 0,
+                "model": "m",
+                "object": "chat.completion",
+                "system_fingerprint": "",
+            }
             answer |= {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
-            data = now if isinstance(now, bytes) else json.dumps({"error": "wrong key hush"} if isinstance(now, int) else answer).encode()
+            data = (
+                now
+                if isinstance(now, bytes)
+                else json.dumps(
+                    {"error": "wrong key hush"} if isinstance(now, int) else answer
+                ).encode()
+            )
             self.send_response(now if isinstance(now, int) else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))

@@ -10,13 +10,18 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(script, *flags, ranks=1) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     return [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)]
 
 
 def run(script, *flags, cwd=ROOT, fails=False, ranks=1, stdin=None):
     """The script's standard output, or, where it should fail, its standard error."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the models are tiny: threads would only get in each other's way
+    # the models are tiny: threads would only get in each other's way
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     streams = {"input": stdin, "capture_output": True, "text": True, "errors": "surrogateescape"}
     done = subprocess.run(command(script, *flags, ranks=ranks), cwd=cwd, env=environment, **streams)
     assert bool(done.returncode) is fails, done.stderr

@@ -13,7 +13,7 @@ from scripts import ROOT, command, run
 
 from desc.cli import SampleConfig
 from desc.esconv import Dialogue, Turn, load_dialogues
-from desc.lora import add_adapter, adapter_only, lora_layers, save_adapter
+from desc.lora import adapter_only, add_adapter, lora_layers, save_adapter
 from desc.safety import CRISIS, OPENING, in_danger
 from desc.sampling import grow_branches, score_strategies, stream_text
 from desc.strategies import ESCONV, Strategies
@@ -44,7 +44,13 @@ def start(toy, out):
 
     def start(**flags) -> chat.Chat:
         model = deepcopy(toy[0])
-        return chat.Chat(model, toy[1], SampleConfig(**{"max_new_tokens": 12} | flags), ESCONV, chat.attach(model, out))
+        return chat.Chat(
+            model,
+            toy[1],
+            SampleConfig(**{"max_new_tokens": 12} | flags),
+            ESCONV,
+            chat.attach(model, out),
+        )
 
     return start
 
@@ -52,18 +58,31 @@ def start(toy, out):
 def test_a_piped_conversation(out, tmp_path):
     """Every command and every mistake, one after another; it ends where the input ends."""
     said = [
-        "/compare", "", "My dog di\udced.", "/compare", "/strategy Informatoin", "/strategy information",
-        "I don’t want to live any more.", f"/save {tmp_path}", f"/save {tmp_path / 'chat.json'}", "/undo", "/undo", "/undo",
+        "/compare", "", "My dog di\udced.", "/compare", "/strategy Informatoin",
+        "/strategy information",
+        "I don’t want to live any more.", f"/save {tmp_path}", f"/save {tmp_path / 'chat.json'}",
+        "/undo", "/undo", "/undo",
         "/frobnicate", "/help", "word " * 30000,
     ]  # fmt: skip
-    told = run("chat.py", "--model", "toy", "--out", out, "--max-new-tokens", 12, stdin="\n".join(said))
-    assert told.startswith(OPENING) and "Traceback" not in told and told.endswith("Goodbye, and take care.\n")
+    told = run(
+        "chat.py", "--model", "toy", "--out", out, "--max-new-tokens", 12, stdin="\n".join(said)
+    )
+    assert (
+        told.startswith(OPENING)
+        and "Traceback" not in told
+        and told.endswith("Goodbye, and take care.\n")
+    )
     places = [
-        f"finds no adapter in {out}/sp/dpo: train_dpo.py --task sp makes one", "planner: sft, generator: dpo",
-        "There is no reply yet", "← drawn", "supporter [", "before DPO [", "after DPO [", "did you mean 'Information'?",
-        "follows Information", CRISIS, "← forced", "supporter [Information]: ", f"/save {tmp_path}: cannot be written",
-        "(Saved in ", "(Taken back: 'I don’t want", "(Taken back: 'My dog di�.'", "There is no reply yet",
-        "/frobnicate is no command", chat.HELP, "your message: the latest turn alone has more than 2048 tokens",
+        f"finds no adapter in {out}/sp/dpo: train_dpo.py --task sp makes one",
+        "planner: sft, generator: dpo",
+        "There is no reply yet", "← drawn", "supporter [", "before DPO [", "after DPO [",
+        "did you mean 'Information'?",
+        "follows Information", CRISIS, "← forced", "supporter [Information]: ",
+        f"/save {tmp_path}: cannot be written",
+        "(Saved in ", "(Taken back: 'I don’t want", "(Taken back: 'My dog di�.'",
+        "There is no reply yet",
+        "/frobnicate is no command", chat.HELP,
+        "your message: the latest turn alone has more than 2048 tokens",
     ]  # fmt: skip
     at = 0
     for place in places:
@@ -71,17 +90,32 @@ def test_a_piped_conversation(out, tmp_path):
         at = told.index(place, at) + len(place)
     assert told.count(CRISIS) == 1
     (saved,) = load_dialogues(tmp_path / "chat.json")
-    assert [turn.text for turn in saved.turns[::2]] == ["My dog di�.", "I don’t want to live any more."]
+    assert [turn.text for turn in saved.turns[::2]] == [
+        "My dog di�.",
+        "I don’t want to live any more.",
+    ]
     replies = re.findall(r"supporter \[(.+?)\]: (.*?)\n(?:before|/save)", told, re.S)
-    assert [(turn.strategy, turn.text) for turn in saved.turns[1::2]] == replies and replies[1][0] == "Information"
+    assert [(turn.strategy, turn.text) for turn in saved.turns[1::2]] == replies and replies[1][
+        0
+    ] == "Information"
     assert not list(tmp_path.parent.rglob("*.tmp"))
 
 
 def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # which has no blocks for bars
     flags = ("--model", "toy", "--out", out, "--max-length", 100000, "--max-new-tokens", 50000)
-    pipes = {"stdin": -1, "stdout": -1, "stderr": -1, "text": True, "bufsize": 0, "errors": "replace"}
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it, and so would theirs
+    pipes = {
+        "stdin": -1,
+        "stdout": -1,
+        "stderr": -1,
+        "text": True,
+        "bufsize": 0,
+        "errors": "replace",
+    }
+
+    def heed():  # a shell's background jobs ignore it, and so would theirs
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     talk = subprocess.Popen(command("chat.py", *flags), preexec_fn=heed, **pipes)
 
     def read_until(text):
@@ -102,20 +136,30 @@ def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monk
     read_until("(Taken back: 'hello' and its reply.)\n")
     time.sleep(1)  # until it reads again
     talk.send_signal(signal.SIGINT)
-    assert talk.communicate(timeout=60) == ("\nGoodbye, and take care.\n", "") and talk.returncode == 0
+    assert (
+        talk.communicate(timeout=60) == ("\nGoodbye, and take care.\n", "") and talk.returncode == 0
+    )
 
 
 def test_bars_are_the_planners_exact_probabilities(start, capsys):
     talk = start(temperature=0)
-    talk.strategies = Strategies(tuple("ABCDEFGH"))  # names of about one length, or a toy would be sure of the shortest
+    # names of about one length, or a toy would be sure of the shortest
+    talk.strategies = Strategies(tuple("ABCDEFGH"))
     for message in ("I failed my exam.", "Twice!"):
         talk.take(message)
         bars = re.findall(BAR, capsys.readouterr().out, re.M)
         dialogue = Dialogue("", talk.turns)
         with adapter_only(talk.model, "sp-sft"):
-            exact = 100 * score_strategies(talk.model, talk.tokenizer, "sp", [dialogue], talk.strategies)[-1].exp()
+            exact = (
+                100
+                * score_strategies(talk.model, talk.tokenizer, "sp", [dialogue], talk.strategies)[
+                    -1
+                ].exp()
+            )
         assert [name for name, _, _ in bars] == list(talk.strategies) and exact.max() < 90
-        torch.testing.assert_close(torch.tensor([float(p) for _, p, _ in bars]), exact, atol=0.051, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor([float(p) for _, p, _ in bars]), exact, atol=0.051, rtol=0
+        )
         (drawn,) = [name for name, _, how in bars if how == "drawn"]
         assert drawn == talk.strategies[int(exact.argmax())] == talk.turns[-1].strategy
 
@@ -125,12 +169,25 @@ def test_a_forced_strategy_stays_until_the_planner_chooses_again(start, capsys):
     talk.take("Hello")
     (first,) = {turn.strategy for turn in talk.turns[1::2]}
     other = next(name for name in ESCONV if name != first)
-    for line in ("/undo", f"/strategy {other.upper()}", "Hello", "And you?", "/strategy nonsense", "So?", "/undo", "/undo", "/undo"):
+    for line in (
+        "/undo",
+        f"/strategy {other.upper()}",
+        "Hello",
+        "And you?",
+        "/strategy nonsense",
+        "So?",
+        "/undo",
+        "/undo",
+        "/undo",
+    ):
         if line == "/strategy nonsense":
             assert "nonsense" not in capsys.readouterr().out
         talk.take(line)
         assert all(turn.strategy == other for turn in talk.turns[1::2])
-    assert "'nonsense' is no strategy; there are Question," in capsys.readouterr().out and not talk.turns
+    assert (
+        "'nonsense' is no strategy; there are Question," in capsys.readouterr().out
+        and not talk.turns
+    )
     talk.take("/strategy")
     talk.take("Hello")
     assert talk.turns[1].strategy == first
@@ -143,14 +200,21 @@ def test_compare_repeats_the_reply_and_shows_what_it_was_before(start, capsys):
     before, reply = talk.turns, talk.turns[-1]
     capsys.readouterr()
     talk.take("/compare")
-    sft, dpo = re.fullmatch(r"before DPO \[(?:.+?)\]: (.*)\nafter DPO \[(?:.+?)\]: (.*)\n", capsys.readouterr().out, re.S).groups()
+    sft, dpo = re.fullmatch(
+        r"before DPO \[(?:.+?)\]: (.*)\nafter DPO \[(?:.+?)\]: (.*)\n",
+        capsys.readouterr().out,
+        re.S,
+    ).groups()
     assert dpo == reply.text != sft and talk.turns == before
     with adapter_only(talk.model, "rg-sft"):
         assert sft == talk.say(Dialogue("", before[:-1]), reply.strategy, "sft", "")
     talk.stages = {"sp": ["sft"], "rg": ["sft"]}
     capsys.readouterr()
     talk.take("/compare")
-    assert f"before DPO [{reply.strategy}]: {sft}\nafter DPO: there is no adapter in out/rg/dpo\n" == capsys.readouterr().out
+    assert (
+        f"before DPO [{reply.strategy}]: {sft}\nafter DPO: there is no adapter in out/rg/dpo\n"
+        == capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("tokens, kept", [(5, True), (0, False)])
@@ -168,11 +232,17 @@ def test_what_was_said_before_an_interrupt_stays(start, capsys, monkeypatch, tok
     assert "… (stopped)" in told and ("your message is taken back" in told) is not kept
     assert [turn.speaker for turn in talk.turns] == ["seeker", "supporter"] * kept
     assert not kept or told.endswith(f"]: {talk.turns[1].text} … (stopped)\n")
-    assert not any(layer.off for layer in lora_layers(talk.model).values())  # nothing stays switched off
+    # nothing stays switched off
+    assert not any(layer.off for layer in lora_layers(talk.model).values())
 
 
 def test_an_overlong_conversation_forgets_its_beginning_and_says_so_once(start, capsys):
-    room = start().read("rg", Dialogue("", (Turn("seeker", "word " * 40),)), [""], 2048, ESCONV[1]).sequences[0].prompt
+    room = (
+        start()
+        .read("rg", Dialogue("", (Turn("seeker", "word " * 40),)), [""], 2048, ESCONV[1])
+        .sequences[0]
+        .prompt
+    )
     talk = start(max_length=len(room) + 12 + 30)
     for turn in range(4):
         talk.take("word " * 40)
@@ -195,14 +265,22 @@ def test_a_reply_streams_in_whole_characters(toy):
 @pytest.mark.parametrize(
     "text",
     [
-        "I want to die", "i just wanna die.", "I’m thinking about suicide", "im suicidal", "I dont want to live anymore", "kms",
-        "I don’t want to be here any more", "I'm going to kill myself", "I might end my life", "I want to end it all",
-        "I wish I was dead", "I wish I'd never been born", "Everyone would be better off without me",
-        "there is no reason to live", "I'm tired of living", "I want to go to sleep and never wake up",
-        "I don't think I can go on.", "I hurt myself last night", "I've been cutting again", "I cut my wrists",
-        "I took an overdose", "I swallowed a whole bottle of pills", "I want to jump off a bridge", "I don't feel safe at home",
-        "my husband hits me", "MY DAD BEATS ME", "he threatened to kill me", "she's going to hurt me", "I was raped",
-        "He has a gun", "I'm going to hurt someone", "I could kill him", "I want\nto die", "I fear for my life",
+        "I want to die", "i just wanna die.", "I’m thinking about suicide", "im suicidal",
+        "I dont want to live anymore", "kms",
+        "I don’t want to be here any more", "I'm going to kill myself", "I might end my life",
+        "I want to end it all",
+        "I wish I was dead", "I wish I'd never been born",
+        "Everyone would be better off without me",
+        "there is no reason to live", "I'm tired of living",
+        "I want to go to sleep and never wake up",
+        "I don't think I can go on.", "I hurt myself last night", "I've been cutting again",
+        "I cut my wrists",
+        "I took an overdose", "I swallowed a whole bottle of pills", "I want to jump off a bridge",
+        "I don't feel safe at home",
+        "my husband hits me", "MY DAD BEATS ME", "he threatened to kill me",
+        "she's going to hurt me", "I was raped",
+        "He has a gun", "I'm going to hurt someone", "I could kill him", "I want\nto die",
+        "I fear for my life",
     ],
 )  # fmt: skip
 def test_danger_is_noticed(text):
@@ -212,10 +290,14 @@ def test_danger_is_noticed(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "I was killing time", "this job is killing me", "I cut my hair", "we are cutting costs", "I'm dying to see that film",
-        "my phone died", "I hurt my back", "it hurts me when he says that", "it hit me how alone I am", "They kicked me out",
-        "I feel safe now", "I don't want to live with my parents", "I don't want to hurt her feelings", "I ran 5 kms",
-        "I'm dead tired", "shoot me an email", "I'm in danger of losing my job", "I want my job back",
+        "", "I was killing time", "this job is killing me", "I cut my hair", "we are cutting costs",
+        "I'm dying to see that film",
+        "my phone died", "I hurt my back", "it hurts me when he says that",
+        "it hit me how alone I am", "They kicked me out",
+        "I feel safe now", "I don't want to live with my parents",
+        "I don't want to hurt her feelings", "I ran 5 kms",
+        "I'm dead tired", "shoot me an email", "I'm in danger of losing my job",
+        "I want my job back",
         "my grandmother died last year", "The deadline is tomorrow",
     ],
 )  # fmt: skip

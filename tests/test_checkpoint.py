@@ -25,7 +25,9 @@ def tensors(step):
 
 
 def write(folder, step, values=None):
-    write_checkpoint(folder, {"step": step, "best": 2.5, "settings": SETTINGS}, values or tensors(step))
+    write_checkpoint(
+        folder, {"step": step, "best": 2.5, "settings": SETTINGS}, values or tensors(step)
+    )
 
 
 def test_the_newest_is_read_and_two_are_kept(tmp_path):
@@ -35,9 +37,15 @@ def test_the_newest_is_read_and_two_are_kept(tmp_path):
     facts, read = read_checkpoint(tmp_path, SETTINGS)
     assert facts["step"] == 15 and facts["best"] == 2.5 and read.keys() == tensors(15).keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors(15).items())
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["00000010.safetensors", "00000015.safetensors"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "00000010.safetensors",
+        "00000015.safetensors",
+    ]
     write(tmp_path, 12)  # what is later than the newest can only have been damaged
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["00000010.safetensors", "00000012.safetensors"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "00000010.safetensors",
+        "00000012.safetensors",
+    ]
 
 
 def test_a_damaged_checkpoint_is_left_aside_and_the_one_before_used(tmp_path, capsys):
@@ -47,7 +55,10 @@ def test_a_damaged_checkpoint_is_left_aside_and_the_one_before_used(tmp_path, ca
     newest = tmp_path / "00000010.safetensors"
     data = newest.read_bytes()
     damaged = [data[:length] for length in range(0, len(data), 20)]
-    changed = [*range(data.index(b"{\\\"step"), data.index(b"digest")), *range(len(data) - 48, len(data))]
+    changed = [
+        *range(data.index(b'{\\"step'), data.index(b"digest")),
+        *range(len(data) - 48, len(data)),
+    ]
     damaged += [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in changed]
     for bad in damaged:
         newest.write_bytes(bad)
@@ -64,14 +75,18 @@ def test_nothing_whole_is_an_error(tmp_path):
 
 def test_other_settings_are_refused_by_name(tmp_path):
     write(tmp_path, 5)
-    with pytest.raises(DescError, match="was begun with another lr, rank: run with the same, or delete it"):
+    with pytest.raises(
+        DescError, match="was begun with another lr, rank: run with the same, or delete it"
+    ):
         read_checkpoint(tmp_path, {"lr": 0.2, "seed": 0, "rank": 16})
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         write(disk, 5)
@@ -83,11 +98,36 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-TRAIN = ("--task", "sp", "--model", "toy", "--eval-dialogues", 1, "--train-dialogues", 6, "--lr", 3e-3, "--batch-size", 8)
+TRAIN = (
+    "--task",
+    "sp",
+    "--model",
+    "toy",
+    "--eval-dialogues",
+    1,
+    "--train-dialogues",
+    6,
+    "--lr",
+    3e-3,
+    "--batch-size",
+    8,
+)
 
 
 def sft(out, *more):
-    return ("train_sft.py", *TRAIN, "--epochs", 2, "--eval-every", 4, "--save-every", 1, "--out", out, *more)
+    return (
+        "train_sft.py",
+        *TRAIN,
+        "--epochs",
+        2,
+        "--eval-every",
+        4,
+        "--save-every",
+        1,
+        "--out",
+        out,
+        *more,
+    )
 
 
 def same_run(one, other):
@@ -95,8 +135,18 @@ def same_run(one, other):
     for folder in ("", "last"):
         a, b = (out / "sp" / "sft" / folder / "adapter_model.safetensors" for out in (one, other))
         assert a.read_bytes() == b.read_bytes()
-    logged = [[{k: v for k, v in record.items() if k != "time"} for record in lines(out / "sp" / "sft" / "metrics.jsonl")] for out in (one, other)]
-    assert logged[0] == logged[1] and not list(one.rglob("checkpoints")) and not list(one.rglob("*.tmp"))
+    logged = [
+        [
+            {k: v for k, v in record.items() if k != "time"}
+            for record in lines(out / "sp" / "sft" / "metrics.jsonl")
+        ]
+        for out in (one, other)
+    ]
+    assert (
+        logged[0] == logged[1]
+        and not list(one.rglob("checkpoints"))
+        and not list(one.rglob("*.tmp"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +159,13 @@ def whole(tmp_path_factory):
 
 def begin(*flags):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command(*flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
 
 
 def wait_for_step(process, out, step):
@@ -123,7 +179,10 @@ def test_sigterm_ends_with_a_checkpoint_and_the_same_command_goes_on(whole, tmp_
     process = begin(*sft(tmp_path))
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from there" in process.communicate()[0] and process.returncode == 143
+    assert (
+        "the same command goes on from there" in process.communicate()[0]
+        and process.returncode == 143
+    )
     assert "checkpoints was begun with another lr" in run(*sft(tmp_path, "--lr", 1e-3), fails=True)
     assert "from step" in run(*sft(tmp_path))
     same_run(tmp_path, whole)
@@ -131,8 +190,8 @@ def test_sigterm_ends_with_a_checkpoint_and_the_same_command_goes_on(whole, tmp_
 
 @pytest.mark.slow
 def test_killed_twenty_times_the_run_ends_bit_for_bit(whole, tmp_path):
-    """SIGKILL up to a tenth of a second after one to three new checkpoints: every step is saved, so that many hit a save; when the
-    last step is near, some hit the end."""
+    """SIGKILL up to a tenth of a second after one to three new checkpoints: every step is saved, so
+    that many hit a save; when the last step is near, some hit the end."""
     out, kills, draw = tmp_path / "out", 0, random.Random(0)
     checkpoints = out / "sp" / "sft" / "checkpoints"
     while kills < 20:
@@ -161,4 +220,6 @@ def test_half_a_file_is_not_left_where_the_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         write_bytes(tmp_path / "file", b"after")
-    assert (tmp_path / "file").read_bytes() == b"before" and [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"before" and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["file"]

@@ -24,7 +24,12 @@ def test_deal_gives_each_batch_once_and_each_rank_as_many_forwards(ranks):
     batches = pack([item(i, 10 + 7 * i) for i in range(4)], "dialogue", 1)
     hands = deal(batches, ranks)
     assert len({len(hand) for hand in hands}) == 1
-    assert sorted(m.id for hand in hands for members, _ in hand for m in members) == ["0", "1", "2", "3"]
+    assert sorted(m.id for hand in hands for members, _ in hand for m in members) == [
+        "0",
+        "1",
+        "2",
+        "3",
+    ]
     assert all(forest.size == len(members) for hand in hands for members, forest in hand)
 
 
@@ -36,15 +41,24 @@ def test_deal_balances_nodes():
 
 def test_trees_are_not_laid_together_where_ranks_would_idle():
     items = [item(i, 20) for i in range(4)]
-    assert len(pack(items, "dialogue", 100)) == 1 and len(pack(items, "dialogue", 100, ranks=2)) == 2 and len(pack(items, "dialogue", 100, 4)) == 4
+    assert (
+        len(pack(items, "dialogue", 100)) == 1
+        and len(pack(items, "dialogue", 100, ranks=2)) == 2
+        and len(pack(items, "dialogue", 100, 4)) == 4
+    )
 
 
 def same_adapter(one, other, atol):
-    a, b = load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors")
+    a, b = (
+        load_file(one / "adapter_model.safetensors"),
+        load_file(other / "adapter_model.safetensors"),
+    )
     assert a.keys() == b.keys() and max(float(t.abs().max()) for t in a.values()) > 0.01
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-3)
-    assert json.loads((one / "adapter_config.json").read_text()) == json.loads((other / "adapter_config.json").read_text())
+    assert json.loads((one / "adapter_config.json").read_text()) == json.loads(
+        (other / "adapter_config.json").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +69,34 @@ def single(tmp_path_factory):
 
 def pipeline(out, ranks, *more):
     flags = ("--task", "sp", *FLAGS, "--out", out)
-    run("train_sft.py", *flags, *more, "--train-dialogues", 5, "--lr", 3e-3, "--epochs", 1, "--batch-size", 14, ranks=ranks)
+    run(
+        "train_sft.py",
+        *flags,
+        *more,
+        "--train-dialogues",
+        5,
+        "--lr",
+        3e-3,
+        "--epochs",
+        1,
+        "--batch-size",
+        14,
+        ranks=ranks,
+    )
     mine = [flag for flag in flags if flag not in ("--dropout", 0)]
     run("mine_preferences.py", *mine, "--train-dialogues", 5, ranks=ranks)
-    run("train_dpo.py", *flags, *more, "--lr", 3e-3, "--batch-size", 14, "--eval-every", 2, ranks=ranks)
+    run(
+        "train_dpo.py",
+        *flags,
+        *more,
+        "--lr",
+        3e-3,
+        "--batch-size",
+        14,
+        "--eval-every",
+        2,
+        ranks=ranks,
+    )
     run("evaluate.py", *mine[2:], "--reply-dialogues", -1, ranks=ranks)
     return out
 
@@ -66,19 +104,34 @@ def pipeline(out, ranks, *more):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("ranks, more", [(2, ()), pytest.param(3, (), marks=SLOW), pytest.param(2, ("--compile", "--recompute"), marks=SLOW)])
+@pytest.mark.parametrize(
+    "ranks, more",
+    [
+        (2, ()),
+        pytest.param(3, (), marks=SLOW),
+        pytest.param(2, ("--compile", "--recompute"), marks=SLOW),
+    ],
+)
 def test_ranks_do_what_one_process_does(single, tmp_path, ranks, more):
-    """Batches of one or two dialogues, the last one smaller: some rank often has nothing to do, with three always."""
+    """Batches of one or two dialogues, the last one smaller: some rank often has nothing to do,
+    with three always."""
     out = pipeline(tmp_path, ranks, *more)
     same_adapter(single / "sp" / "sft", out / "sp" / "sft", 2e-5)
     for name in ("pairs.jsonl", "pairs.valid.jsonl"):
         assert (out / "sp" / name).read_bytes() == (single / "sp" / name).read_bytes()
     same_adapter(single / "sp" / "dpo", out / "sp" / "dpo", 1e-4)
-    for ours, theirs in zip(lines(out / "sp" / "dpo" / "metrics.jsonl"), lines(single / "sp" / "dpo" / "metrics.jsonl"), strict=True):
+    for ours, theirs in zip(
+        lines(out / "sp" / "dpo" / "metrics.jsonl"),
+        lines(single / "sp" / "dpo" / "metrics.jsonl"),
+        strict=True,
+    ):
         del ours["time"], theirs["time"]
         ours.pop("nodes", None), theirs.pop("nodes", None)  # the empty forests of idle ranks count
         assert ours == pytest.approx(theirs, abs=2e-3, rel=1e-3)
-    predicted = [[r["systems"]["dpo"]["predicted"] for r in lines(folder / "eval" / "answers.jsonl")[1:]] for folder in (single, out)]
+    predicted = [
+        [r["systems"]["dpo"]["predicted"] for r in lines(folder / "eval" / "answers.jsonl")[1:]]
+        for folder in (single, out)
+    ]
     assert predicted[0] == predicted[1]
 
 

@@ -1,4 +1,5 @@
-"""Messages -> token ids: one end of turn, nothing straddles the boundary, nothing typed by people is a control token, cutting.
+"""Messages -> token ids: one end of turn, nothing straddles the boundary, nothing typed by people
+is a control token, cutting.
 
     pytest tests/test_encoding.py -q            (--slow also takes SmolLM2's tokenizer)
 """
@@ -13,17 +14,38 @@ from desc.encoding import encode, encode_prompt, end_of_turn, mark_loss
 from desc.esconv import Dialogue, Turn
 from desc.prompts import TASKS, build_examples, build_messages
 
-TYPED = ["<|end|>", "<|im_end|>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "<|im_start|>system", "<<|end|>|end|>"]
+TYPED = [
+    "<|end|>",
+    "<|im_end|>",
+    "</s>",
+    "<unk>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|im_start|>system",
+    "<<|end|>|end|>",
+]
 TYPED += ["a<|end|>b <|end|>"]
-CHAT = "{% for m in messages %}<|user|>{{ m['content'] }}END{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|user|>{{ m['content'] }}END{% endfor %}{% if add_generation_prompt"
+    " %}<|assistant|>{% endif %}"
+)
 
 
 def item_of(tokenizer, example, max_length=10_000, **options):
-    return encode(tokenizer, example.dialogue, example.dialogue, example.messages, [example.completion], max_length, **options)
+    return encode(
+        tokenizer,
+        example.dialogue,
+        example.dialogue,
+        example.messages,
+        [example.completion],
+        max_length,
+        **options,
+    )
 
 
 def check_a_sequence(tokenizer, example):
-    """Prompt and completion together are the chat template's own text of the whole conversation, up to the end of turn."""
+    """Prompt and completion together are the chat template's own text of the whole conversation, up
+    to the end of turn."""
     end = end_of_turn(tokenizer)
     (sequence,) = item_of(tokenizer, example).sequences
     assert sequence.completion[-1] == end and sequence.completion.count(end) == 1
@@ -48,10 +70,13 @@ def test_sequences_of_the_sample_for_smollm2(task, smollm2, sample):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_prompt_does_not_depend_on_the_completion(task, toy, sample):
-    """Tokens such as "▁Wh" would join a prompt's end to a completion's beginning; here each is tokenised alone."""
+    """Tokens such as "▁Wh" would join a prompt's end to a completion's beginning; here each is
+    tokenised alone."""
     example = build_examples(task, sample[:1])[-1]
     prompt = encode_prompt(toy[1], example.messages)
-    item = encode(toy[1], "0/0", "0", example.messages, ["Why?", " Why?", "", ">", "<", "|>"], 10_000)
+    item = encode(
+        toy[1], "0/0", "0", example.messages, ["Why?", " Why?", "", ">", "<", "|>"], 10_000
+    )
     assert [sequence.prompt for sequence in item.sequences] == 6 * [prompt]
     texts = [toy[1].decode(sequence.completion[:-1]) for sequence in item.sequences]
     assert texts == ["Why?", " Why?", "", ">", "<", "|>"]
@@ -59,12 +84,15 @@ def test_the_prompt_does_not_depend_on_the_completion(task, toy, sample):
 
 
 def check_typed_tokens(tokenizer, typed):
-    """As many special tokens as without what was typed, in the prompt and in the completion; the letters are all still there."""
+    """As many special tokens as without what was typed, in the prompt and in the completion; the
+    letters are all still there."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
     def count(text):
         opening = (Turn("seeker", text), Turn("supporter", text, "Question"))
-        dialogue = Dialogue("0", (*opening, Turn("seeker", f"and {text}!"), Turn("supporter", text, "Others")))
+        dialogue = Dialogue(
+            "0", (*opening, Turn("seeker", f"and {text}!"), Turn("supporter", text, "Others"))
+        )
         for task in TASKS:
             example = build_examples(task, [dialogue])[1]
             (sequence,) = item_of(tokenizer, example).sequences
@@ -98,7 +126,8 @@ def test_end_of_turn_of_smollm2(smollm2):
 
 
 def test_end_of_turn_is_the_templates_and_not_the_eos_token(toy):
-    """As in Gemma, where <end_of_turn> ends a message and <eos> a document; and one without any is refused."""
+    """As in Gemma, where <end_of_turn> ends a message and <eos> a document; and one without any is
+    refused."""
     tokenizer = deepcopy(toy[1])
     tokenizer.chat_template = CHAT.replace("END", "<|system|>")
     assert tokenizer.eos_token == "<|end|>"
@@ -113,22 +142,34 @@ def test_a_template_that_refuses_the_messages(toy):
     tokenizer = deepcopy(toy[1])
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(DescError, match="no system role"):
-        encode_prompt(tokenizer, [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}])
+        encode_prompt(
+            tokenizer,
+            [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}],
+        )
 
 
 def test_without_the_end_of_turn(toy, sample):
     example = build_examples("vanilla", sample[:1])[0]
-    (ended,), (open_,) = item_of(toy[1], example).sequences, item_of(toy[1], example, end=False).sequences
-    assert ended.prompt == open_.prompt and ended.completion == open_.completion + [end_of_turn(toy[1])]
+    (ended,), (open_,) = (
+        item_of(toy[1], example).sequences,
+        item_of(toy[1], example, end=False).sequences,
+    )
+    assert ended.prompt == open_.prompt and ended.completion == open_.completion + [
+        end_of_turn(toy[1])
+    ]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_long_dialogues_lose_as_few_of_their_oldest_exchanges_as_they_must(task, toy, sample):
-    """With `cut` exchanges gone, the prompt is that of the dialogue without them; one token less room costs one exchange more."""
+    """With `cut` exchanges gone, the prompt is that of the dialogue without them; one token less
+    room costs one exchange more."""
     dialogue, strategy = sample[0], "Others"
     turn = len(dialogue) - 1
     later = [replace(dialogue, turns=dialogue.turns[2 * cut :]) for cut in range(turn + 1)]
-    prompts = [encode_prompt(toy[1], build_messages(task, d, turn - cut, strategy)) for cut, d in enumerate(later)]
+    prompts = [
+        encode_prompt(toy[1], build_messages(task, d, turn - cut, strategy))
+        for cut, d in enumerate(later)
+    ]
     messages, answer = build_messages(task, dialogue, turn, strategy), "All of this stays."
     completion = toy[1](answer).input_ids + [end_of_turn(toy[1])]
     for cut, prompt in enumerate(prompts):
@@ -145,11 +186,16 @@ def test_both_answers_of_a_pair_fit(toy, sample):
     """The longer one decides what is cut, so that chosen and rejected keep the same prompt."""
     example = build_examples("rg", sample[:1])[-1]
     long = example.completion + 30 * " really"
-    limit = len(encode_prompt(toy[1], example.messages)) + len(toy[1](example.completion).input_ids) + 1
+    limit = (
+        len(encode_prompt(toy[1], example.messages)) + len(toy[1](example.completion).input_ids) + 1
+    )
     item = encode(toy[1], "0/0", "0", example.messages, [example.completion, long], limit)
     chosen, rejected = item.sequences
     assert item.turns_cut > 0 == item_of(toy[1], example, limit).turns_cut
-    assert chosen.prompt == rejected.prompt and len(rejected.prompt) + len(rejected.completion) <= limit
+    assert (
+        chosen.prompt == rejected.prompt
+        and len(rejected.prompt) + len(rejected.completion) <= limit
+    )
 
 
 def test_marked_loss_is_the_completion_with_its_one_end_of_turn(toy, sample):
@@ -158,4 +204,8 @@ def test_marked_loss_is_the_completion_with_its_one_end_of_turn(toy, sample):
         text = mark_loss(toy[1], item_of(toy[1], example).sequences[0])
         prompt, loss = text.split("»")
         assert loss == f"{example.completion}<|end|>«"
-        assert prompt.startswith("<|system|>") and prompt.endswith("<|assistant|>") and example.messages[-1]["content"] in prompt
+        assert (
+            prompt.startswith("<|system|>")
+            and prompt.endswith("<|assistant|>")
+            and example.messages[-1]["content"] in prompt
+        )

@@ -1,9 +1,10 @@
-"""Dialogues: the paper's preprocessing rule by rule, every format, every bad input, the splits, and the shipped sample.
+"""Dialogues: the paper's preprocessing rule by rule, every format, every bad input, the splits, and
+the shipped sample.
 
     DESC_ESCONV=/path/to/ESConv.json pytest tests/test_esconv.py -q
 
-Without DESC_ESCONV the tests against ESConv itself (its counts; that the sample copies nothing) are skipped.
-"""
+Without DESC_ESCONV the tests against ESConv itself (its counts; that the sample copies nothing) are
+skipped."""
 
 import json
 import random
@@ -19,6 +20,7 @@ from desc.strategies import ESCONV, Strategies, read_strategies
 
 SAMPLE = files("desc") / "data" / "sample.json"
 
+
 def seeker(text):
     return Turn("seeker", text)
 
@@ -27,7 +29,8 @@ def supporter(text, strategy="Question"):
     return Turn("supporter", text, strategy)
 
 
-# --- preprocessing --------------------------------------------------------------------------------------------------------------
+# --- preprocessing --------------------------------------------------------------------------------
+# ------------------------------
 
 
 @pytest.mark.parametrize(
@@ -35,15 +38,24 @@ def supporter(text, strategy="Question"):
     [
         ([seeker("a"), supporter("x")], [seeker("a"), supporter("x")]),
         # seeker utterances in a row are joined by a line break
-        ([seeker("a"), seeker("b"), seeker("c"), supporter("x")], [seeker("a\nb\nc"), supporter("x")]),
+        (
+            [seeker("a"), seeker("b"), seeker("c"), supporter("x")],
+            [seeker("a\nb\nc"), supporter("x")],
+        ),
         # supporter utterances never: a seeker turn of one blank goes between
         (
             [seeker("a"), supporter("x", "Question"), supporter("y", "Others")],
             [seeker("a"), supporter("x", "Question"), seeker(" "), supporter("y", "Others")],
         ),
         # "Hi" opens what the supporter opens
-        ([supporter("x"), seeker("a"), supporter("y")], [seeker("Hi"), supporter("x"), seeker("a"), supporter("y")]),
-        ([supporter("x"), supporter("y")], [seeker("Hi"), supporter("x"), seeker(" "), supporter("y")]),
+        (
+            [supporter("x"), seeker("a"), supporter("y")],
+            [seeker("Hi"), supporter("x"), seeker("a"), supporter("y")],
+        ),
+        (
+            [supporter("x"), supporter("y")],
+            [seeker("Hi"), supporter("x"), seeker(" "), supporter("y")],
+        ),
         # what the seeker says last is dropped
         ([seeker("a"), supporter("x"), seeker("b"), seeker("c")], [seeker("a"), supporter("x")]),
         ([seeker("a"), seeker("b")], []),
@@ -55,16 +67,26 @@ def test_alternate(said, expected):
 
 
 def test_alternate_keeps_every_supporter_utterance_and_every_word():
-    """Random dialogues: the speakers take turns, supporter turns stay as they were, the seeker loses the last words alone."""
+    """Random dialogues: the speakers take turns, supporter turns stay as they were, the seeker
+    loses the last words alone."""
     draw = random.Random(0)
     for _ in range(200):
-        said = [draw.choice((seeker, supporter))(f"utterance {i}") for i in range(draw.randrange(12))]
+        said = [
+            draw.choice((seeker, supporter))(f"utterance {i}") for i in range(draw.randrange(12))
+        ]
         turns = alternate(said)
         assert [t.speaker for t in turns] == ["seeker", "supporter"] * (len(turns) // 2)
-        assert [t for t in turns if t.speaker == "supporter"] == [t for t in said if t.speaker == "supporter"]
+        assert [t for t in turns if t.speaker == "supporter"] == [
+            t for t in said if t.speaker == "supporter"
+        ]
         last = max((i for i, t in enumerate(said) if t.speaker == "supporter"), default=-1)
-        words = [line for t in turns if t.speaker == "seeker" and t.text not in ("Hi", " ") for line in t.text.split("\n")]
-        assert words == [t.text for t in said[:last + 1] if t.speaker == "seeker"]
+        words = [
+            line
+            for t in turns
+            if t.speaker == "seeker" and t.text not in ("Hi", " ")
+            for line in t.text.split("\n")
+        ]
+        assert words == [t.text for t in said[: last + 1] if t.speaker == "seeker"]
 
 
 def test_supporter_turns_are_counted_and_found():
@@ -73,7 +95,8 @@ def test_supporter_turns_are_counted_and_found():
     assert [dialogue.supporter(turn).text for turn in range(2)] == ["x", "y"]
 
 
-# --- ESConv itself --------------------------------------------------------------------------------------------------------------
+# --- ESConv itself --------------------------------------------------------------------------------
+# ------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +106,16 @@ def esconv(esconv_path):
 
 def test_supporter_turns_of_the_decoupledesc_split(esconv, esconv_path):
     parts = split(esconv, esconv_path.with_name("split.json"))
-    assert {name: len(part) for name, part in parts.items()} == {"train": 1040, "valid": 130, "test": 130}
-    assert {name: sum(map(len, part)) for name, part in parts.items()} == {"train": 14763, "valid": 1821, "test": 1792}
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 1040,
+        "valid": 130,
+        "test": 130,
+    }
+    assert {name: sum(map(len, part)) for name, part in parts.items()} == {
+        "train": 14763,
+        "valid": 1821,
+        "test": 1792,
+    }
 
 
 def test_strategy_counts_of_esconv(esconv):
@@ -97,7 +128,9 @@ def utterances(path):
     """All that is said in a file, case and white space apart."""
     whole = json.loads(path.read_text(encoding="utf-8"))
     records = whole["dialogues"] if isinstance(whole, dict) else whole
-    return {" ".join(u["content"].casefold().split()) for record in records for u in record["dialog"]}
+    return {
+        " ".join(u["content"].casefold().split()) for record in records for u in record["dialog"]
+    }
 
 
 def test_the_sample_copies_nothing_from_esconv(esconv_path):
@@ -105,32 +138,49 @@ def test_the_sample_copies_nothing_from_esconv(esconv_path):
     assert not utterances(SAMPLE) & utterances(esconv_path)
 
 
-# --- the shipped sample ---------------------------------------------------------------------------------------------------------
+# --- the shipped sample ---------------------------------------------------------------------------
+# ------------------------------
 
 
 def test_the_sample_is_large_and_varied_enough():
     raw = json.loads(SAMPLE.read_text(encoding="utf-8"))["dialogues"]
     assert len(raw) >= 24
     assert all(8 <= len(dialogue["dialog"]) <= 20 for dialogue in raw)
-    counts = Counter(u["annotation"]["strategy"] for d in raw for u in d["dialog"] if u["speaker"] == "supporter")
+    counts = Counter(
+        u["annotation"]["strategy"] for d in raw for u in d["dialog"] if u["speaker"] == "supporter"
+    )
     assert set(counts) == set(ESCONV)
     assert min(counts.values()) >= 0.08 * sum(counts.values())
 
 
-# --- formats --------------------------------------------------------------------------------------------------------------------
+# --- formats --------------------------------------------------------------------------------------
+# ------------------------------
 
 OFFICIAL = [
     {
         "situation": "kept in the file, not read",
         "dialog": [
             {"speaker": "seeker", "annotation": {}, "content": " I feel low. "},
-            {"speaker": "supporter", "annotation": {"strategy": "Question"}, "content": "Since when?\n"},
+            {
+                "speaker": "supporter",
+                "annotation": {"strategy": "Question"},
+                "content": "Since when?\n",
+            },
         ],
     },
-    {"dialog": [{"speaker": "supporter", "annotation": {"strategy": "Others"}, "content": "Hello ✓"}]},
+    {
+        "dialog": [
+            {"speaker": "supporter", "annotation": {"strategy": "Others"}, "content": "Hello ✓"}
+        ]
+    },
 ]
 HUB = [
-    {"dialog": [{"speaker": "usr", "text": "I feel low."}, {"speaker": "sys", "text": "Since when?", "strategy": "Question"}]},
+    {
+        "dialog": [
+            {"speaker": "usr", "text": "I feel low."},
+            {"speaker": "sys", "text": "Since when?", "strategy": "Question"},
+        ]
+    },
     {"dialog": [{"speaker": "sys", "text": "Hello ✓", "strategy": "Others"}]},
 ]
 READ = [
@@ -155,7 +205,16 @@ def json_lines(records):
         (json_lines(HUB).replace("\n", "\r\n\r\n"), READ),  # from Windows, blank lines between
         (json_lines(HUB[:1]), READ[:1]),
     ],
-    ids=["official", "indented", "bom", "sample object", "one object", "hub lines", "hub lines crlf", "one hub line"],
+    ids=[
+        "official",
+        "indented",
+        "bom",
+        "sample object",
+        "one object",
+        "hub lines",
+        "hub lines crlf",
+        "one hub line",
+    ],
 )
 def test_formats(tmp_path, text, expected):
     path = tmp_path / "dialogues.json"
@@ -182,7 +241,14 @@ def test_hub_splits_and_being_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: there)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **k: path)
     parts = load_splits("esconv")
-    assert [d.id for part in parts.values() for d in part] == ["train/0", "train/1", "valid/0", "valid/1", "test/0", "test/1"]
+    assert [d.id for part in parts.values() for d in part] == [
+        "train/0",
+        "train/1",
+        "valid/0",
+        "valid/1",
+        "test/0",
+        "test/1",
+    ]
     with pytest.raises(DescError, match="--split-file"):
         load_splits("esconv", split_file="split.json")
 
@@ -194,11 +260,13 @@ def test_hub_splits_and_being_offline(tmp_path, monkeypatch):
         load_splits("esconv")
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
+# ------------------------------
 
 
 def refusal(path, reading, *clues):
-    """`reading` raises DescError, and nothing else, with one line that names the file and every clue."""
+    """`reading` raises DescError, and nothing else, with one line that names the file and every
+    clue."""
     with pytest.raises(DescError) as error:
         reading()
     message = str(error.value)
@@ -208,7 +276,8 @@ def refusal(path, reading, *clues):
 
 
 def changed(where, value):
-    """OFFICIAL, dialogue 0, as JSON bytes, with the entry at `where` (a path of keys) set to `value`, or deleted for ..."""
+    """OFFICIAL, dialogue 0, as JSON bytes, with the entry at `where` (a path of keys) set to
+    `value`, or deleted for ..."""
     data = deepcopy(OFFICIAL)
     *parents, last = where
     place = data[0]
@@ -233,20 +302,40 @@ BAD = {
     "no dialogue": (b"[]", "no dialogue"),
     "a number": (b"17", "list", "17"),
     "null": (b"null", "list", "null"),
-    "latin-1": (json.dumps(OFFICIAL, ensure_ascii=False).replace("✓", "é").encode("latin-1"), "UTF-8"),
+    "latin-1": (
+        json.dumps(OFFICIAL, ensure_ascii=False).replace("✓", "é").encode("latin-1"),
+        "UTF-8",
+    ),
     "utf-16": (json.dumps(OFFICIAL).encode("utf-16"), "UTF-8"),
     "utf-16 without a mark": (json.dumps(OFFICIAL).encode("utf-16-le"), "not JSON"),
-    "dialogues is an object": (json.dumps({"dialogues": {"0": OFFICIAL[0]}}).encode(), "'dialogues'", "list", "an object"),
+    "dialogues is an object": (
+        json.dumps({"dialogues": {"0": OFFICIAL[0]}}).encode(),
+        "'dialogues'",
+        "list",
+        "an object",
+    ),
     "a list for a dialogue": (json.dumps([OFFICIAL]).encode(), "dialogue 0", "an object", "a list"),
     "a string for a dialogue": (b'["hello"]', "dialogue 0", "an object", "a string"),
     "dialog missing": (changed(("dialog",), ...), "dialogue 0", "'dialog'", "missing"),
     "dialog misspelt": (b'[{"dialogue": []}]', "dialogue 0", "'dialog' is missing", "'dialogue'"),
-    "dialog a string": (changed(("dialog",), "hello"), "dialogue 0", "'dialog'", "a list", "a string"),
+    "dialog a string": (
+        changed(("dialog",), "hello"),
+        "dialogue 0",
+        "'dialog'",
+        "a list",
+        "a string",
+    ),
     "empty dialogue": (changed(("dialog",), []), "dialogue 0", "'dialog'", "no supporter"),
     "no supporter": (changed(SECOND, ...), "dialogue 0", "'dialog'", "no supporter"),
     "a list for an utterance": (changed(SECOND, ["supporter", "Hi"]), *HERE, "an object", "a list"),
     "speaker missing": (changed((*SECOND, "speaker"), ...), *HERE, "'speaker' is missing"),
-    "speaker unknown": (changed((*SECOND, "speaker"), "therapist"), *HERE, "'speaker'", "'therapist'", "supporter"),
+    "speaker unknown": (
+        changed((*SECOND, "speaker"), "therapist"),
+        *HERE,
+        "'speaker'",
+        "'therapist'",
+        "supporter",
+    ),
     "speaker null": (changed((*SECOND, "speaker"), None), *HERE, "'speaker'", "a string", "null"),
     "content missing": (changed((*SECOND, "content"), ...), *HERE, "'content' is missing"),
     "content null": (changed((*SECOND, "content"), None), *HERE, "'content'", "a string", "null"),
@@ -254,13 +343,46 @@ BAD = {
     "content blank": (changed((*SECOND, "content"), " \n"), *HERE, "'content'", "empty"),
     "content no Unicode": (changed((*SECOND, "content"), "half a pair \ud83d"), *HERE, "'content'"),
     "annotation missing": (changed((*SECOND, "annotation"), ...), *HERE, "'annotation' is missing"),
-    "annotation a list": (changed((*SECOND, "annotation"), ["Question"]), *HERE, "'annotation'", "an object", "a list"),
+    "annotation a list": (
+        changed((*SECOND, "annotation"), ["Question"]),
+        *HERE,
+        "'annotation'",
+        "an object",
+        "a list",
+    ),
     "strategy missing": (changed((*SECOND, "annotation"), {}), *HERE, "'strategy' is missing"),
-    "strategy misnamed": (changed((*SECOND, "annotation"), {"stratgy": "Others"}), *HERE, "'strategy' is missing", "stratgy"),
-    "strategy null": (changed((*SECOND, "annotation", "strategy"), None), *HERE, "'strategy'", "a string", "null"),
-    "strategy a list": (changed((*SECOND, "annotation", "strategy"), ["Question"]), *HERE, "'strategy'", "a string", "a list"),
-    "strategy misspelt": (changed((*SECOND, "annotation", "strategy"), "Qestion"), *HERE, "'Qestion'", "mean 'Question'?"),
-    "strategy unknown": (changed((*SECOND, "annotation", "strategy"), "Hypnosis"), *HERE, "'strategy'", "'Hypnosis'"),
+    "strategy misnamed": (
+        changed((*SECOND, "annotation"), {"stratgy": "Others"}),
+        *HERE,
+        "'strategy' is missing",
+        "stratgy",
+    ),
+    "strategy null": (
+        changed((*SECOND, "annotation", "strategy"), None),
+        *HERE,
+        "'strategy'",
+        "a string",
+        "null",
+    ),
+    "strategy a list": (
+        changed((*SECOND, "annotation", "strategy"), ["Question"]),
+        *HERE,
+        "'strategy'",
+        "a string",
+        "a list",
+    ),
+    "strategy misspelt": (
+        changed((*SECOND, "annotation", "strategy"), "Qestion"),
+        *HERE,
+        "'Qestion'",
+        "mean 'Question'?",
+    ),
+    "strategy unknown": (
+        changed((*SECOND, "annotation", "strategy"), "Hypnosis"),
+        *HERE,
+        "'strategy'",
+        "'Hypnosis'",
+    ),
     "nested too deeply": (b"[" * 100_000, "not JSON"),
     "a number too long": (b"[" + b"9" * 5000 + b"]", "not JSON"),
 }
@@ -274,7 +396,12 @@ def test_bad_files(tmp_path, data, clues):
 
 
 def test_bad_paths(tmp_path):
-    refusal(tmp_path / "no.json", lambda: load_dialogues(tmp_path / "no.json"), "cannot be read", "No such file")
+    refusal(
+        tmp_path / "no.json",
+        lambda: load_dialogues(tmp_path / "no.json"),
+        "cannot be read",
+        "No such file",
+    )
     refusal(tmp_path, lambda: load_dialogues(tmp_path), "cannot be read", "directory")
     refusal("nothing.json", lambda: load_splits("nothing.json"), "cannot be read")
 
@@ -284,7 +411,8 @@ def test_no_suggestion_where_nothing_is_like_it():
     assert ESCONV.suggestion("Hypnosis") == ""
 
 
-# --- splits ---------------------------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
+# ------------------------------
 
 
 def some(count):
@@ -295,10 +423,15 @@ def ids(parts):
     return {name: [int(d.id) for d in part] for name, part in parts.items()}
 
 
-@pytest.mark.parametrize("count, sizes", [(1300, [1040, 130, 130]), (30, [24, 3, 3]), (24, [20, 2, 2]), (3, [1, 1, 1])])
+@pytest.mark.parametrize(
+    "count, sizes", [(1300, [1040, 130, 130]), (30, [24, 3, 3]), (24, [20, 2, 2]), (3, [1, 1, 1])]
+)
 def test_seeded_split(count, sizes):
     parts = ids(split(some(count), seed=1))
-    assert list(parts) == ["train", "valid", "test"] and [len(part) for part in parts.values()] == sizes
+    assert (
+        list(parts) == ["train", "valid", "test"]
+        and [len(part) for part in parts.values()] == sizes
+    )
     assert sorted(sum(parts.values(), [])) == list(range(count))  # disjoint, and nothing left out
     assert parts == ids(split(some(count), seed=1))
 
@@ -340,14 +473,17 @@ BAD_SPLITS = {
 }
 
 
-@pytest.mark.parametrize("text, clues", [(text, clues) for text, *clues in BAD_SPLITS.values()], ids=BAD_SPLITS)
+@pytest.mark.parametrize(
+    "text, clues", [(text, clues) for text, *clues in BAD_SPLITS.values()], ids=BAD_SPLITS
+)
 def test_bad_split_files(tmp_path, text, clues):
     path = tmp_path / "split.json"
     path.write_text(text)
     refusal(path, lambda: split(some(5), path), *clues)
 
 
-# --- another taxonomy -----------------------------------------------------------------------------------------------------------
+# --- another taxonomy -----------------------------------------------------------------------------
+# ------------------------------
 
 
 def test_a_taxonomy_of_ones_own(tmp_path):
@@ -358,14 +494,23 @@ def test_a_taxonomy_of_ones_own(tmp_path):
     assert read_strategies(None) is ESCONV
 
     data = tmp_path / "dialogues.json"
-    data.write_bytes(changed((*SECOND, "annotation", "strategy"), "Reflect").replace(b"Others", b"Affirm"))
+    data.write_bytes(
+        changed((*SECOND, "annotation", "strategy"), "Reflect").replace(b"Others", b"Affirm")
+    )
     assert [d.supporter(0).strategy for d in load_dialogues(data, own)] == ["Reflect", "Affirm"]
     refusal(data, lambda: load_dialogues(data), "dialogue 0, utterance 1", "'Reflect'")
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"Question\n", b"Ask\nask\n", b"Ask\n  Ask \n", b"Ask\n[Tell]\n", "Ask\nR\xe9flect\n".encode("latin-1")],
+    [
+        b"",
+        b"Question\n",
+        b"Ask\nask\n",
+        b"Ask\n  Ask \n",
+        b"Ask\n[Tell]\n",
+        "Ask\nR\xe9flect\n".encode("latin-1"),
+    ],
     ids=["empty", "one name", "case alone differs", "repeated", "brackets", "latin-1"],
 )
 def test_bad_taxonomies(tmp_path, data):

@@ -22,7 +22,11 @@ def test_a_run_goes_on_after_what_is_whole(tmp_path):
     again = Journal(tmp_path / "new", "answers", SETTINGS)
     assert again.done == {record["key"]: record for record in (A, B, C)}
     assert again.finish([A["key"], B["key"]]) == [A, B]
-    assert lines(tmp_path / "new" / "answers.jsonl") == [SETTINGS, A, B, C] and not part.exists() and not other.exists()
+    assert (
+        lines(tmp_path / "new" / "answers.jsonl") == [SETTINGS, A, B, C]
+        and not part.exists()
+        and not other.exists()
+    )
     assert Journal(tmp_path / "new", "answers", SETTINGS).done == again.done
 
 
@@ -32,7 +36,10 @@ def test_other_settings_are_refused_half_way_and_begin_anew_at_the_end(tmp_path,
     with pytest.raises(DescError, match="begun with another temperature"):
         Journal(tmp_path, "answers", other)
     begun.finish([A["key"]])
-    assert Journal(tmp_path, "answers", other).done == {} and "made with other settings" in capsys.readouterr().out
+    assert (
+        Journal(tmp_path, "answers", other).done == {}
+        and "made with other settings" in capsys.readouterr().out
+    )
     assert lines(tmp_path / "answers.jsonl") == [SETTINGS, A]  # until then it stays
 
 

@@ -1,8 +1,10 @@
-"""LoRA: by hand, switched off, stacked, merged, saved; PEFT as the oracle; everything that does not fit is refused.
+"""LoRA: by hand, switched off, stacked, merged, saved; PEFT as the oracle; everything that does not
+fit is refused.
 
     pytest tests/test_lora.py -q
 
-By hand. A layer of two inputs and two outputs with one adapter of rank 2, alpha 1, so alpha / r = 0.5:
+By hand. A layer of two inputs and two outputs with one adapter of rank 2, alpha 1, so alpha / r =
+0.5:
 
     W = [1 2]   A = [1 -1]   B = [1 0]   x = [1]
         [3 4]       [0  2]       [2 1]       [1]
@@ -10,10 +12,10 @@ By hand. A layer of two inputs and two outputs with one adapter of rank 2, alpha
     W x = [3 7],   A x = [0 2],   B A x = [0 2],   y = W x + 0.5 B A x = [3 8]
     B A = [1 -1; 2 0],   W + 0.5 B A = [1.5 1.5; 4 4],   which takes x to [3 8] as well
 
-Rounded once. bf16 has 8 significant bits: above 1 its numbers lie 2^-7 apart, and 1 + 2^-8, half-way, rounds to the even 1. A
-weight of 1 and adapters that add 0.75 · 2^-8 and (0.25 + 2^-10) · 2^-8, together a little more than half-way, make 1 + 2^-7. It
-would stay 1 if it were rounded after each adapter, and also if their sum were rounded to bf16, to 2^-8, before it is added.
-"""
+Rounded once. bf16 has 8 significant bits: above 1 its numbers lie 2^-7 apart, and 1 + 2^-8,
+half-way, rounds to the even 1. A weight of 1 and adapters that add 0.75 · 2^-8 and (0.25 + 2^-10) ·
+2^-8, together a little more than half-way, make 1 + 2^-7. It would stay 1 if it were rounded after
+each adapter, and also if their sum were rounded to bf16, to 2^-8, before it is added."""
 
 import json
 from copy import deepcopy
@@ -48,7 +50,9 @@ def model(toy):
 
 
 def stock():
-    return AutoModelForCausalLM.from_pretrained(locate("toy"), dtype=torch.float32, attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        locate("toy"), dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
 
 
 @torch.no_grad()
@@ -69,7 +73,8 @@ def apart(a, b):
     return (a - b).abs().max().item()
 
 
-# --- by hand --------------------------------------------------------------------------------------------------------------------
+# --- by hand --------------------------------------------------------------------------------------
+# ------------------------------
 
 
 def by_hand():
@@ -105,7 +110,10 @@ def test_merging_rounds_once():
         model["q_proj"].adapters[name].A.data.fill_(a)
         model["q_proj"].adapters[name].B.data.fill_(2**-8)
     merge_adapters(model)
-    assert model["q_proj"].weight.dtype == torch.bfloat16 and model["q_proj"].weight.item() == 1 + 2**-7
+    assert (
+        model["q_proj"].weight.dtype == torch.bfloat16
+        and model["q_proj"].weight.item() == 1 + 2**-7
+    )
 
 
 def test_biases_stay():
@@ -118,7 +126,8 @@ def test_biases_stay():
     assert torch.equal(model["q_proj"](x), plain)
 
 
-# --- beside the model -----------------------------------------------------------------------------------------------------------
+# --- beside the model -----------------------------------------------------------------------------
+# ------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,10 +175,14 @@ def test_only_the_newest_adapter_is_trained(model):
     for newest in ("sft", "dpo"):
         add_random(model, newest)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
-        assert trained == {f"{layer}.adapters.{newest}.{half}" for layer in lora_layers(model) for half in "AB"}
+        assert trained == {
+            f"{layer}.adapters.{newest}.{half}" for layer in lora_layers(model) for half in "AB"
+        }
     model(input_ids=IDS).logits.sum().backward()
     assert all((p.grad is not None) == ("dpo" in n) for n, p in model.named_parameters())
-    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in base.items())
+    assert all(
+        torch.equal(dict(model.named_parameters())[name], value) for name, value in base.items()
+    )
 
 
 def test_the_names_of_the_models_own_weights_stay(model):
@@ -181,7 +194,8 @@ def test_the_names_of_the_models_own_weights_stay(model):
 
 
 def test_dropout_follows_the_model(model):
-    """load() gives a model in eval mode; an adapter added to it is not the one part that draws at random."""
+    """load() gives a model in eval mode; an adapter added to it is not the one part that draws at
+    random."""
     add_adapter(model, "sft", dropout=0.5)
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.adapters["sft"].B, std=0.1)
@@ -193,7 +207,9 @@ def test_dropout_follows_the_model(model):
 
 
 def test_unknown_targets_are_refused(model):
-    with pytest.raises(DescError, match="no linear layer is called c_attn; this model has .*q_proj"):
+    with pytest.raises(
+        DescError, match="no linear layer is called c_attn; this model has .*q_proj"
+    ):
         add_adapter(model, "sft", targets=("q_proj", "c_attn"))
     assert not lora_layers(model)
     add_adapter(model, "sft")
@@ -201,7 +217,8 @@ def test_unknown_targets_are_refused(model):
         add_adapter(model, "sft")
 
 
-# --- on disk --------------------------------------------------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------------------
+# ------------------------------
 
 
 def test_saved_and_loaded_to_the_bit(model, toy, tmp_path):
@@ -215,7 +232,11 @@ def test_saved_and_loaded_to_the_bit(model, toy, tmp_path):
     assert not any(p.requires_grad for p in again.parameters())
     for name, layer in lora_layers(again).items():
         ours, theirs = layer.adapters["other name"], lora_layers(model)[name].adapters["sft"]
-        assert torch.equal(ours.A, theirs.A) and torch.equal(ours.B, theirs.B) and ours.scale == theirs.scale == 1.5
+        assert (
+            torch.equal(ours.A, theirs.A)
+            and torch.equal(ours.B, theirs.B)
+            and ours.scale == theirs.scale == 1.5
+        )
 
 
 def test_loaded_to_train_on(model, toy, tmp_path):
@@ -224,7 +245,10 @@ def test_loaded_to_train_on(model, toy, tmp_path):
     again = deepcopy(toy[0])
     load_adapter(again, tmp_path, "sft", trainable=True)
     trained = {n for n, p in again.named_parameters() if p.requires_grad}
-    assert trained == {n for n in again.state_dict() if ".adapters." in n} and len(trained) == 2 * 2 * 2
+    assert (
+        trained == {n for n in again.state_dict() if ".adapters." in n}
+        and len(trained) == 2 * 2 * 2
+    )
 
 
 def test_two_adapters_are_exported_as_one(model, toy, tmp_path):
@@ -286,7 +310,8 @@ def test_we_load_what_peft_writes(model, tmp_path, which):
     torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=0)
 
 
-# --- refused --------------------------------------------------------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------
+# ------------------------------
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 Q1 = Q0.replace("layers.0", "layers.1")
@@ -312,7 +337,10 @@ REFUSED = {
     "trained biases": (edit_config(bias="lora_only"), "bias"),
     "modules_to_save": (edit_config(modules_to_save=["lm_head"]), "modules_to_save"),
     "pissa, which changes the base": (edit_config(init_lora_weights="pissa"), "init_lora_weights"),
-    "active from some token on": (edit_config(alora_invocation_tokens=[5]), "alora_invocation_tokens"),
+    "active from some token on": (
+        edit_config(alora_invocation_tokens=[5]),
+        "alora_invocation_tokens",
+    ),
     "replicated layers": (edit_config(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
     "not LoRA": (edit_config(peft_type="LOHA"), "LOHA"),
     "another rank": (edit_config(r=8), "shapes"),
@@ -321,15 +349,30 @@ REFUSED = {
     "no alpha": (lambda c, t: (without(c, "lora_alpha"), t), "lora_alpha"),
     "no targets": (lambda c, t: (without(c, "target_modules"), t), "target_modules"),
     "config a list": (lambda c, t: ([c], t), CONFIG),
-    "another model's width": (lambda c, t: (c, t | {Q0 + "A.weight": torch.zeros(4, 48)}), "shapes"),
-    "another model's names": (lambda c, t: (c, renamed(t, "model.layers", "transformer.h")), "transformer.h"),
+    "another model's width": (
+        lambda c, t: (c, t | {Q0 + "A.weight": torch.zeros(4, 48)}),
+        "shapes",
+    ),
+    "another model's names": (
+        lambda c, t: (c, renamed(t, "model.layers", "transformer.h")),
+        "transformer.h",
+    ),
     "one layer more": (lambda c, t: (c, renamed(t, "layers.1", "layers.2")), "layers.2"),
-    "another kind of layer": (lambda c, t: (c, renamed(t, "self_attn.q_proj", "input_layernorm")), "input_layernorm"),
+    "another kind of layer": (
+        lambda c, t: (c, renamed(t, "self_attn.q_proj", "input_layernorm")),
+        "input_layernorm",
+    ),
     "half an adapter": (lambda c, t: (c, without(t, Q1 + "B.weight")), "layers.1.self_attn.q_proj"),
     "one layer less": (lambda c, t: (c, without(t, Q1 + "A.weight", Q1 + "B.weight")), "q_proj"),
-    "one target less": (lambda c, t: (c, {k: v for k, v in t.items() if "q_proj" not in k}), "q_proj"),
+    "one target less": (
+        lambda c, t: (c, {k: v for k, v in t.items() if "q_proj" not in k}),
+        "q_proj",
+    ),
     "no weights": (lambda c, t: (c, {}), "no weights"),
-    "a weight besides": (lambda c, t: (c, t | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}), "lm_head"),
+    "a weight besides": (
+        lambda c, t: (c, t | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}),
+        "lm_head",
+    ),
 }
 
 
@@ -338,7 +381,9 @@ def test_adapters_that_do_not_fit_are_refused(model, toy, tmp_path, edit, clue):
     """… in one line that names the folder, and the model is as it was."""
     add_random(model, "sft")
     save_adapter(model, tmp_path)
-    config, tensors = edit(json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS))
+    config, tensors = edit(
+        json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    )
     (tmp_path / CONFIG).write_text(json.dumps(config))
     save_file(tensors, tmp_path / WEIGHTS)
     refused(toy, tmp_path, clue)
@@ -348,7 +393,11 @@ def refused(toy, folder, clue=""):
     again = deepcopy(toy[0])
     with pytest.raises(DescError) as error:
         load_adapter(again, folder, "sft")
-    assert str(folder) in str(error.value) and clue in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(folder) in str(error.value)
+        and clue in str(error.value)
+        and "\n" not in str(error.value)
+    )
     assert not lora_layers(again)
 
 

@@ -4,18 +4,20 @@
 
 DPO by hand, beta 0.5, two pairs; σ(1.5) = 0.817574, σ(-1.5) = 0.182426:
 
-    log π of      log π_ref of     r = 0.5 (log π − log π_ref)           margin       loss
-    y_w   y_l     y_w   y_l        r_w              r_l                  r_w − r_l    − log σ(margin)
-    -10   -14     -12   -13        0.5 ·  2 =  1    0.5 · -1 = -0.5       1.5         ln(1 + e^-1.5) = 0.201413
-    -20   -15     -18   -16        0.5 · -2 = -1    0.5 ·  1 =  0.5      -1.5         ln(1 + e^1.5)  = 1.701413
+    log π of    log π_ref of  r = 0.5 (log π − log π_ref)        margin     loss
+    y_w   y_l   y_w   y_l     r_w             r_l                r_w − r_l  − log σ(margin)
+    -10   -14   -12   -13     0.5 ·  2 =  1   0.5 · -1 = -0.5     1.5       ln(1 + e^-1.5) = 0.20141
+    -20   -15   -18   -16     0.5 · -2 = -1   0.5 ·  1 =  0.5    -1.5       ln(1 + e^1.5)  = 1.70141
 
-Gradient of the sum by log π(y_w): − beta σ(−margin), so −0.5 · 0.182426 = −0.091213 and −0.5 · 0.817574 = −0.408787; by
-log π(y_l) the opposite: the worse a pair is ordered, the harder it is pushed.
+Gradient of the sum by log π(y_w): − beta σ(−margin), so −0.5 · 0.182426 = −0.091213 and −0.5 ·
+0.817574 = −0.408787; by log π(y_l) the opposite: the worse a pair is ordered, the harder it is
+pushed.
 
-Label smoothing 0.1: 0.9 · 0.201413 + 0.1 · 1.701413 = 0.351413 and 0.9 · 1.701413 + 0.1 · 0.201413 = 1.551413.
+Label smoothing 0.1: 0.9 · 0.201413 + 0.1 · 1.701413 = 0.351413 and 0.9 · 1.701413 + 0.1 · 0.201413
+= 1.551413.
 
-SFT by hand: sequences of 2 and 3 tokens with log-probabilities −3 and −7 cost (3 + 7) / 5 = 2 a token.
-"""
+SFT by hand: sequences of 2 and 3 tokens with log-probabilities −3 and −7 cost (3 + 7) / 5 = 2 a
+token."""
 
 import math
 from copy import deepcopy
@@ -39,10 +41,13 @@ REFERENCE = torch.tensor([-12.0, -18.0]), torch.tensor([-13.0, -16.0])
 
 
 def close(tensor, expected, **tolerance):
-    torch.testing.assert_close(tensor, torch.tensor(expected), **tolerance or {"atol": 1e-6, "rtol": 0})
+    torch.testing.assert_close(
+        tensor, torch.tensor(expected), **tolerance or {"atol": 1e-6, "rtol": 0}
+    )
 
 
-# --- SFT ------------------------------------------------------------------------------------------------------------------------
+# --- SFT ------------------------------------------------------------------------------------------
+# ------------------------------
 
 
 def test_sft_by_hand():
@@ -51,7 +56,10 @@ def test_sft_by_hand():
 
 def sft_items(tokenizer, dialogues):
     examples = build_examples("rg", dialogues)
-    return [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], 2048) for e in examples]
+    return [
+        encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], 2048)
+        for e in examples
+    ]
 
 
 @torch.no_grad()
@@ -61,11 +69,15 @@ def test_sft_is_the_cross_entropy_of_all_completion_tokens(toy, sample):
     items = sft_items(tokenizer, sample[:2])
     logits, targets = [], []
     for ((prompt, completion),) in (item.sequences for item in items):
-        logits.append(model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1])
+        logits.append(
+            model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        )
         targets += completion
     forest = plant(items, "dialogue")
     loss = sft_loss(sequence_logps(model, forest), len(forest.targets))
-    torch.testing.assert_close(loss, F.cross_entropy(torch.cat(logits), torch.tensor(targets)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(torch.cat(logits), torch.tensor(targets)), atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -75,11 +87,15 @@ def test_micro_batches_add_up_to_the_batch(toy, sample):
     tokens = len(whole.targets)
     batches = pack(items, "dialogue", 300)
     parts = [sft_loss(sequence_logps(toy[0], forest), tokens) for _, forest in batches]
-    assert len({len(forest.targets) for _, forest in batches}) > 1  # unequal, where a mean of means goes wrong
-    torch.testing.assert_close(sum(parts), sft_loss(sequence_logps(toy[0], whole), tokens), atol=1e-5, rtol=0)
+    # unequal, where a mean of means goes wrong
+    assert len({len(forest.targets) for _, forest in batches}) > 1
+    torch.testing.assert_close(
+        sum(parts), sft_loss(sequence_logps(toy[0], whole), tokens), atol=1e-5, rtol=0
+    )
 
 
-# --- DPO ------------------------------------------------------------------------------------------------------------------------
+# --- DPO ------------------------------------------------------------------------------------------
+# ------------------------------
 
 
 def test_dpo_by_hand():
@@ -120,11 +136,13 @@ def test_dpo_stays_finite_where_the_margin_is_huge():
     close(far.grad, [0.0, -0.5])
 
 
-# --- TRL ------------------------------------------------------------------------------------------------------------------------
+# --- TRL ------------------------------------------------------------------------------------------
+# ------------------------------
 
 
 def test_dpo_equals_trl(toy, sample, tmp_path):
-    """From messages to loss and gradients: TRL's tokenisation, padded batch and loss; our encoding, tree and loss.
+    """From messages to loss and gradients: TRL's tokenisation, padded batch and loss; our encoding,
+    tree and loss.
 
     The same adapter, the base as reference, all pairs in one batch."""
     trl = pytest.importorskip("trl")
@@ -138,7 +156,10 @@ def test_dpo_equals_trl(toy, sample, tmp_path):
         nn.init.normal_(layer.adapters["dpo"].B, std=0.3)
     save_adapter(model, tmp_path / "adapter")
     examples = build_examples("rg", sample[:1])[:8]
-    answers = [(example.completion, f"Oh. {other.completion}") for example, other in zip(examples, examples[1:])]
+    answers = [
+        (example.completion, f"Oh. {other.completion}")
+        for example, other in zip(examples, examples[1:])
+    ]
 
     rows = [
         {
@@ -149,13 +170,24 @@ def test_dpo_equals_trl(toy, sample, tmp_path):
         for example, (chosen, rejected) in zip(examples, answers)
     ]
     base, reference = (
-        AutoModelForCausalLM.from_pretrained(locate("toy"), dtype=torch.float32, attn_implementation="sdpa") for _ in range(2)
+        AutoModelForCausalLM.from_pretrained(
+            locate("toy"), dtype=torch.float32, attn_implementation="sdpa"
+        )
+        for _ in range(2)
     )
-    settings = {"beta": 0.5, "max_length": None, "per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True}
+    settings = {
+        "beta": 0.5,
+        "max_length": None,
+        "per_device_train_batch_size": 8,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     trainer = trl.DPOTrainer(
         peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True),
         reference,
-        args=trl.DPOConfig(tmp_path / "trl", use_cpu=True, bf16=False, gradient_checkpointing=False, **settings),
+        args=trl.DPOConfig(
+            tmp_path / "trl", use_cpu=True, bf16=False, gradient_checkpointing=False, **settings
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=deepcopy(tokenizer),
     )
@@ -163,7 +195,10 @@ def test_dpo_equals_trl(toy, sample, tmp_path):
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
 
-    items = [encode(tokenizer, f"0/{e.turn}", "0", e.messages, list(pair), 4096) for e, pair in zip(examples, answers)]
+    items = [
+        encode(tokenizer, f"0/{e.turn}", "0", e.messages, list(pair), 4096)
+        for e, pair in zip(examples, answers)
+    ]
     forest = plant(items, "dialogue")
     assert len(forest.targets) == batch["completion_mask"].sum()
     with torch.no_grad(), adapter_off(model, "dpo"):
@@ -179,4 +214,6 @@ def test_dpo_equals_trl(toy, sample, tmp_path):
         for half in "AB":
             oracle = gradients[f"base_model.model.{name}.lora_{half}.default.weight"].grad
             assert oracle.abs().max() > 1e-3
-            torch.testing.assert_close(getattr(layer.adapters["dpo"], half).grad, oracle, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                getattr(layer.adapters["dpo"], half).grad, oracle, atol=1e-4, rtol=1e-4
+            )

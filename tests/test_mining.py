@@ -54,7 +54,10 @@ class Unsure:
 
 @pytest.mark.parametrize("task", ["sp", "rg", "vanilla"])
 def test_an_answer_that_nobody_judged_makes_no_pair(task):
-    (answer,) = judge(None, "paper", Dialogue("7", (Turn("seeker", "Hi"), GOLD)), [Answer(0, "Others", "")])  # the generator ended at once
+    # the generator ended at once
+    (answer,) = judge(
+        None, "paper", Dialogue("7", (Turn("seeker", "Hi"), GOLD)), [Answer(0, "Others", "")]
+    )
     assert find_error(task, "paper", GOLD, answer) == (None, "empty or unreadable answer")
 
 
@@ -67,11 +70,41 @@ def test_what_names_no_strategy_is_kept_and_makes_no_pair(routing, reply):
 
 
 NOT_MINE = "not this module's fault"
-TABLE = [  # the annotator's word, and what becomes of it under (paper, all-to-rg, released) for (sp, rg, vanilla)
-    ("strategy mismatch", "strategy mismatch", NOT_MINE, "strategy mismatch", "strategy mismatch", NOT_MINE),
-    ("lack of empathy", NOT_MINE, "lack of empathy", "lack of empathy", "lack of empathy", "lack of empathy"),
-    ("early emotion shift", NOT_MINE, "early emotion shift", "early emotion shift", "early emotion shift", "early emotion shift"),
-    ("template response", NOT_MINE, "template response", "template response", "template response", "template response"),
+# the annotator's word, and what becomes of it under (paper, all-to-rg, released) for (sp, rg,
+# vanilla)
+TABLE = [
+    (
+        "strategy mismatch",
+        "strategy mismatch",
+        NOT_MINE,
+        "strategy mismatch",
+        "strategy mismatch",
+        NOT_MINE,
+    ),
+    (
+        "lack of empathy",
+        NOT_MINE,
+        "lack of empathy",
+        "lack of empathy",
+        "lack of empathy",
+        "lack of empathy",
+    ),
+    (
+        "early emotion shift",
+        NOT_MINE,
+        "early emotion shift",
+        "early emotion shift",
+        "early emotion shift",
+        "early emotion shift",
+    ),
+    (
+        "template response",
+        NOT_MINE,
+        "template response",
+        "template response",
+        "template response",
+        "template response",
+    ),
     ("emotion misread", NOT_MINE, NOT_MINE, NOT_MINE, NOT_MINE, NOT_MINE),
     ("none", *["nothing wrong"] * 5),
     (UNREADABLE, *["unreadable judgement"] * 5),
@@ -86,20 +119,40 @@ def test_the_annotators_word_routes_an_answer(said, sp, rg, vanilla, all_to_rg, 
     for task, routing, expected in cases:
         error, reason = find_error(task, routing, GOLD, answer)
         assert (error or reason).startswith(expected) and bool(error) is (expected == said)
-    assert find_error("sp", "released", GOLD, answer) == ("strategy mismatch", "")  # which asks no annotator
+    # which asks no annotator
+    assert find_error("sp", "released", GOLD, answer) == ("strategy mismatch", "")
     if released == said:
-        assert find_error("rg", "released", GOLD, replace(answer, human=judged("template response")))[1] == "no sound human answer"
+        assert (
+            find_error("rg", "released", GOLD, replace(answer, human=judged("template response")))[
+                1
+            ]
+            == "no sound human answer"
+        )
         assert find_error("rg", "released", GOLD, replace(answer, human=judged("none")))[0] == said
         assert find_error("rg", "released", GOLD, answer, least=0.81)[1] == "unsure judgement"
         assert find_error("rg", "released", GOLD, answer, least=0.8)[0] == said
 
 
-DIALOGUE = Dialogue("7", (Turn("seeker", "Hi"), GOLD, Turn("seeker", "Low."), Turn("supporter", "Oh no.", "Reflection of feelings")))
+DIALOGUE = Dialogue(
+    "7",
+    (
+        Turn("seeker", "Hi"),
+        GOLD,
+        Turn("seeker", "Low."),
+        Turn("supporter", "Oh no.", "Reflection of feelings"),
+    ),
+)
 
 
 def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
-    answers = [Answer(0, "Others", "Hm.", judged("template response")), Answer(0, "Others", "Hm  .", judged("template response"))]
-    answers += [Answer(0, "Others", "Hm.\n", judged("template response")), Answer(0, "Question", "Why?", judged("none"))]
+    answers = [
+        Answer(0, "Others", "Hm.", judged("template response")),
+        Answer(0, "Others", "Hm  .", judged("template response")),
+    ]
+    answers += [
+        Answer(0, "Others", "Hm.\n", judged("template response")),
+        Answer(0, "Question", "Why?", judged("none")),
+    ]
     answers += [Answer(1, "Others", "Hm.", judged("lack of empathy"))]
     pairs, planned, dropped = route("rg", "paper", DIALOGUE, answers, ESCONV)
     assert [(p.id, p.error, p.rejected) for p in pairs] == [
@@ -109,11 +162,16 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
     ]
     assert dropped == {"repeated": 1, "nothing wrong": 1}
     assert [p.chosen for p in pairs] == ["How are you?", "How are you?", "Oh no."]
-    assert "Reflection of feelings" in pairs[2].prompt[0]["content"].rpartition("is: ")[2]  # the human strategy, which chosen follows
+    # the human strategy, which chosen follows
+    assert "Reflection of feelings" in pairs[2].prompt[0]["content"].rpartition("is: ")[2]
     found = account("rg", [(answers, pairs, planned, dropped)], ESCONV)
     assert found["answers"] == len(pairs) + sum(dropped.values()) == 5
     assert found["judged"] == {"template response": 3, "none": 1, "lack of empathy": 1}
-    assert found["chosen strategies"]["Question"] == 2 and found["rejected strategies"]["Others"] == 3 and found["warnings"] == []
+    assert (
+        found["chosen strategies"]["Question"] == 2
+        and found["rejected strategies"]["Others"] == 3
+        and found["warnings"] == []
+    )
     alike = [replace(a, judged=judged("lack of empathy")) for a in answers[:1]] * 20
     many = account("rg", [(alike, pairs[2:] * 20, ["Others"] * 20, Counter())], ESCONV)
     assert len(many["warnings"]) == 3  # one strategy on both sides, no template response
@@ -129,20 +187,42 @@ def test_the_annotator_sees_each_answer_once_and_the_human_one_where_released():
 
     def annotator(cases):
         seen.extend(cases)
-        return [judged("none" if case.reply in ("How are you?", "Oh no.") else "lack of empathy") for case in cases]
+        return [
+            judged("none" if case.reply in ("How are you?", "Oh no.") else "lack of empathy")
+            for case in cases
+        ]
 
-    answers = [Answer(0, "Others", "Hm."), Answer(0, "Others", "Hm."), Answer(1, None, ""), Answer(1, "Question", "So?")]
+    answers = [
+        Answer(0, "Others", "Hm."),
+        Answer(0, "Others", "Hm."),
+        Answer(1, None, ""),
+        Answer(1, "Question", "So?"),
+    ]
     done = judge(annotator, "paper", DIALOGUE, answers)
-    assert seen == [Case(DIALOGUE.turns[:1], "Others", "Hm."), Case(DIALOGUE.turns[:3], "Question", "So?")]
-    assert [a.judged and a.judged.error for a in done] == ["lack of empathy", "lack of empathy", None, "lack of empathy"]
+    assert seen == [
+        Case(DIALOGUE.turns[:1], "Others", "Hm."),
+        Case(DIALOGUE.turns[:3], "Question", "So?"),
+    ]
+    assert [a.judged and a.judged.error for a in done] == [
+        "lack of empathy",
+        "lack of empathy",
+        None,
+        "lack of empathy",
+    ]
     assert all(a.human is None for a in done)
-    assert judge(None, "paper", DIALOGUE, [Answer(1, None, "")]) == [Answer(1, None, "")]  # nothing to judge, nobody asked
+    # nothing to judge, nobody asked
+    assert judge(None, "paper", DIALOGUE, [Answer(1, None, "")]) == [Answer(1, None, "")]
     done = judge(annotator, "released", DIALOGUE, answers)
-    assert len(seen) == 2 + 4 and done[3].human.error == "none" and done[3].judged.error == "lack of empathy"
+    assert (
+        len(seen) == 2 + 4
+        and done[3].human.error == "none"
+        and done[3].judged.error == "lack of empathy"
+    )
 
 
 def test_pairs_are_trls_conversational_format_and_come_back(tmp_path):
-    other = Pair(**vars(PAIR) | {"id": "sp/7/1", "rejected": "low\u2028tired\u0085"})  # these end a line for str.splitlines
+    # these end a line for str.splitlines
+    other = Pair(**vars(PAIR) | {"id": "sp/7/1", "rejected": "low\u2028tired\u0085"})
     write_lines(tmp_path / "pairs.jsonl", [PAIR.record(), other.record()])
     record = json.loads((tmp_path / "pairs.jsonl").read_text().split("\n")[0])
     assert record["prompt"] == PROMPT

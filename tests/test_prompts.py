@@ -1,4 +1,5 @@
-"""(task, dialogue, turn) -> messages and completion: exact values, nothing leaks, and the taxonomy's parsing.
+"""(task, dialogue, turn) -> messages and completion: exact values, nothing leaks, and the
+taxonomy's parsing.
 
     pytest tests/test_prompts.py -q
 """
@@ -36,9 +37,14 @@ def test_planner_reads_one_flat_message_without_strategies():
     for turn, history in enumerate(
         [
             "seeker: I lost my job.\nIt was on Monday.\n",
-            "seeker: I lost my job.\nIt was on Monday.\nsupporter: Which job was it?\nseeker: Cook.\n",
-            "seeker: I lost my job.\nIt was on Monday.\nsupporter: Which job was it?\nseeker: Cook.\n"
-            "supporter: You sound worn out.\nseeker:  \n",
+            (
+                "seeker: I lost my job.\nIt was on Monday.\nsupporter: Which job was it?\nseeker:"
+                " Cook.\n"
+            ),
+            (
+                "seeker: I lost my job.\nIt was on Monday.\nsupporter: Which job was it?\nseeker:"
+                " Cook.\nsupporter: You sound worn out.\nseeker:  \n"
+            ),
         ]
     ):
         messages = build_messages("sp", TINY, turn)
@@ -50,7 +56,13 @@ def test_planner_reads_one_flat_message_without_strategies():
 def test_generator_reads_a_chat_without_tags_and_its_strategy_in_the_system_message():
     messages = build_messages("rg", TINY, 2, "Information")
     assert roles(messages) == ["system", "user", "assistant", "user", "assistant", "user"]
-    said = ["I lost my job.\nIt was on Monday.", "Which job was it?", "Cook.", "You sound worn out.", " "]
+    said = [
+        "I lost my job.\nIt was on Monday.",
+        "Which job was it?",
+        "Cook.",
+        "You sound worn out.",
+        " ",
+    ]
     assert contents(messages)[1:] == said
     assert ", ".join(ESCONV) in messages[0]["content"]
     assert messages[0]["content"].endswith("Your current strategy is: Information")
@@ -81,21 +93,50 @@ def test_examples_are_every_turn_with_the_human_answer():
     }
     for task in TASKS:
         examples = build_examples(task, [TINY, replace(TINY, id="8")])
-        assert [(e.dialogue, e.turn) for e in examples] == [("7", 0), ("7", 1), ("7", 2), ("8", 0), ("8", 1), ("8", 2)]
+        assert [(e.dialogue, e.turn) for e in examples] == [
+            ("7", 0),
+            ("7", 1),
+            ("7", 2),
+            ("8", 0),
+            ("8", 1),
+            ("8", 2),
+        ]
         assert [e.completion for e in examples] == 2 * completions[task]
-        assert [e.messages for e in examples[:3]] == [build_messages(task, TINY, t, TINY.supporter(t).strategy) for t in range(3)]
+        assert [e.messages for e in examples[:3]] == [
+            build_messages(task, TINY, t, TINY.supporter(t).strategy) for t in range(3)
+        ]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_answer_and_what_follows_never_reach_the_messages(task, sample):
-    """Whatever stands at turn t and later, the messages for turn t are the same; what stands before does matter."""
+    """Whatever stands at turn t and later, the messages for turn t are the same; what stands before
+    does matter."""
     dialogue = sample[0]
     for turn in range(len(dialogue)):
         gold = build_messages(task, dialogue, turn, "Others")
-        other = tuple(replace(now, text="SECRET", strategy=now.strategy and "Information") for now in dialogue.turns)
+        other = tuple(
+            replace(now, text="SECRET", strategy=now.strategy and "Information")
+            for now in dialogue.turns
+        )
         context = 2 * turn + 1
-        assert build_messages(task, replace(dialogue, turns=dialogue.turns[:context] + other[context:]), turn, "Others") == gold
-        assert build_messages(task, replace(dialogue, turns=other[:context] + dialogue.turns[context:]), turn, "Others") != gold
+        assert (
+            build_messages(
+                task,
+                replace(dialogue, turns=dialogue.turns[:context] + other[context:]),
+                turn,
+                "Others",
+            )
+            == gold
+        )
+        assert (
+            build_messages(
+                task,
+                replace(dialogue, turns=other[:context] + dialogue.turns[context:]),
+                turn,
+                "Others",
+            )
+            != gold
+        )
         assert dialogue.supporter(turn).text not in " ".join(contents(gold))
 
 
@@ -111,16 +152,24 @@ def test_drop_oldest_leaves_what_a_dialogue_without_its_first_exchanges_would_gi
     messages = build_messages(task, TINY, 2, "Others")
     for cut in (1, 2):
         messages = drop_oldest(messages)
-        assert messages == build_messages(task, replace(TINY, turns=TINY.turns[2 * cut :]), 2 - cut, "Others")
+        assert messages == build_messages(
+            task, replace(TINY, turns=TINY.turns[2 * cut :]), 2 - cut, "Others"
+        )
     assert drop_oldest(messages) is None
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_drop_oldest_never_cuts_into_a_turn(task):
-    """A seeker may quote a chat: a line of an utterance that begins with "seeker: " is no new turn."""
+    """A seeker may quote a chat: a line of an utterance that begins with "seeker: " is no new
+    turn."""
     quoting = Turn("seeker", "He wrote\nseeker: me\nsupporter: him")
-    assert drop_oldest(build_messages(task, Dialogue("0", (quoting, TINY.turns[1])), 0, "Others")) is None
-    messages = drop_oldest(build_messages(task, Dialogue("0", (quoting, *TINY.turns[1:])), 1, "Others"))
+    assert (
+        drop_oldest(build_messages(task, Dialogue("0", (quoting, TINY.turns[1])), 0, "Others"))
+        is None
+    )
+    messages = drop_oldest(
+        build_messages(task, Dialogue("0", (quoting, *TINY.turns[1:])), 1, "Others")
+    )
     assert messages == build_messages(task, Dialogue("0", TINY.turns[2:]), 0, "Others")
 
 
@@ -162,5 +211,8 @@ def test_split_tag(text, strategy, reply):
 
 def test_what_vanilla_writes_is_read_back():
     for name in ESCONV:
-        assert ESCONV.split_tag(build_completion("vanilla", name, "I see [so far].")) == (name, "I see [so far].")
+        assert ESCONV.split_tag(build_completion("vanilla", name, "I see [so far].")) == (
+            name,
+            "I see [so far].",
+        )
         assert ESCONV.parse(build_completion("sp", name, "")) == name

@@ -14,12 +14,15 @@ from desc.prompts import build_messages
 from desc.sampling import draw_strategies, generate, score_strategies, temper, write_dialogue
 from desc.strategies import ESCONV
 
-CONFIG = SimpleNamespace(seed=0, temperature=0.7, top_p=0.95, max_new_tokens=6, max_length=2048, max_tokens=1024)
+CONFIG = SimpleNamespace(
+    seed=0, temperature=0.7, top_p=0.95, max_new_tokens=6, max_length=2048, max_tokens=1024
+)
 
 
 def test_temper_by_hand():
-    """p = (0.5, 0.3, 0.2). T = 1/2 squares: 0.25, 0.09, 0.04 over 0.38. top_p 0.6 keeps 0.5 and 0.3, over 0.8. top_p 0.5 keeps the first:
-    mass before it is 0, before the second 0.5, which is not below 0.5. T = 0 is greedy."""
+    """p = (0.5, 0.3, 0.2). T = 1/2 squares: 0.25, 0.09, 0.04 over 0.38. top_p 0.6 keeps 0.5 and
+    0.3, over 0.8. top_p 0.5 keeps the first: mass before it is 0, before the second 0.5, which is
+    not below 0.5. T = 0 is greedy."""
     logps = torch.tensor([[0.2, 0.5, 0.3]]).log()
     torch.testing.assert_close(temper(logps, 0.5, 1.0), torch.tensor([[0.04, 0.25, 0.09]]) / 0.38)
     torch.testing.assert_close(temper(logps, 1.0, 0.6), torch.tensor([[0.0, 0.625, 0.375]]))
@@ -34,7 +37,9 @@ def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
     scored = score_strategies(model, tokenizer, task, [dialogue], max_tokens=700)
     turn = len(dialogue) - 1
     texts = [name if task == "sp" else f"[{name}]" for name in ESCONV]
-    item = encode(tokenizer, "", "", build_messages(task, dialogue, turn), texts, 2048, end=task == "sp")
+    item = encode(
+        tokenizer, "", "", build_messages(task, dialogue, turn), texts, 2048, end=task == "sp"
+    )
     alone = []
     with torch.no_grad():
         for prompt, completion in item.sequences:
@@ -46,13 +51,22 @@ def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
 
 @pytest.mark.parametrize("kind", ["toy", *(kind for kind in KINDS if "window" in kind)])
 def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
-    """One prompt goes on another, one occurs twice, two part late, one shares nothing, and continuations end at different lengths."""
+    """One prompt goes on another, one occurs twice, two part late, one shares nothing, and
+    continuations end at different lengths."""
     model = deepcopy(toy[0]) if kind == "toy" else build(configure(kind))
-    prompts = [[5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 12, 13], [20, 21]]
+    prompts = [
+        [5, 6, 7, 8],
+        [5, 6, 7, 8, 9, 10, 11],
+        [5, 6, 7, 8],
+        [5, 6, 7, 8, 9, 10, 12, 13],
+        [20, 21],
+    ]
 
     def greedy(stop, most=10):
         model.generation_config.eos_token_id = stop
-        return generate(model, prompts, SimpleNamespace(temperature=0, top_p=1.0, max_new_tokens=most), seed=0)
+        return generate(
+            model, prompts, SimpleNamespace(temperature=0, top_p=1.0, max_new_tokens=most), seed=0
+        )
 
     alone = []
     for prompt in prompts:
@@ -74,11 +88,41 @@ def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
     model, tokenizer = toy
     logps = score_strategies(model, tokenizer, "vanilla", sample[:1])
     planned = draw_strategies(logps, CONFIG, sample[0], ESCONV)
-    first = write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], [(turn, "Question") for turn in range(len(sample[0]))], ESCONV)
+    first = write_dialogue(
+        model,
+        tokenizer,
+        CONFIG,
+        "rg",
+        sample[0],
+        [(turn, "Question") for turn in range(len(sample[0]))],
+        ESCONV,
+    )
     torch.rand(3)
     state = torch.get_rng_state()
     assert draw_strategies(logps, CONFIG, sample[0], ESCONV) == planned
-    assert write_dialogue(model, tokenizer, CONFIG, "rg", sample[0], [(turn, "Question") for turn in range(len(sample[0]))], ESCONV) == first
+    assert (
+        write_dialogue(
+            model,
+            tokenizer,
+            CONFIG,
+            "rg",
+            sample[0],
+            [(turn, "Question") for turn in range(len(sample[0]))],
+            ESCONV,
+        )
+        == first
+    )
     assert torch.equal(torch.get_rng_state(), state)  # and the global generator is left alone
     other = SimpleNamespace(**{**vars(CONFIG), "seed": 1})
-    assert write_dialogue(model, tokenizer, other, "rg", sample[0], [(turn, "Question") for turn in range(len(sample[0]))], ESCONV) != first
+    assert (
+        write_dialogue(
+            model,
+            tokenizer,
+            other,
+            "rg",
+            sample[0],
+            [(turn, "Question") for turn in range(len(sample[0]))],
+            ESCONV,
+        )
+        != first
+    )

@@ -1,12 +1,16 @@
-"""The prefix tree: exact against one sequence at a time, drawn by hand, packed, with sliding windows, in blocks.
+"""The prefix tree: exact against one sequence at a time, drawn by hand, packed, with sliding
+windows, in blocks.
 
-    pytest tests/test_tree.py -q                (--slow also runs SmolLM2 on two dialogues of ESConv, with DESC_ESCONV set)
+    pytest tests/test_tree.py -q
+
+--slow also runs SmolLM2 on two dialogues of ESConv, with DESC_ESCONV set.
 
 Drawn by hand. Four sequences (prompt » completion)
 
     s0  1 2 » 3 4        s1  1 2 » 5        s2  1 2 6 7 » 8 9        s3  9 » 1
 
-A sequence's last token is a target but no node, so the forest has seven nodes (n: token), in depth-first order:
+A sequence's last token is a target but no node, so the forest has seven nodes (n: token), in
+depth-first order:
 
     0: 1 ── 1: 2 ─┬─ 2: 3
                   └─ 3: 6 ── 4: 7 ── 5: 8
@@ -35,17 +39,26 @@ from desc.esconv import load_dialogues
 from desc.lora import add_adapter
 from desc.modeling import load, sequence_logps
 from desc.prompts import build_examples
-from desc.tree import SHARING, dense_mask, grow, join, pack, plant, pad
+from desc.tree import SHARING, dense_mask, grow, join, pack, pad, plant
 
-HAND = [Sequence([1, 2], [3, 4]), Sequence([1, 2], [5]), Sequence([1, 2, 6, 7], [8, 9]), Sequence([9], [1])]
+HAND = [
+    Sequence([1, 2], [3, 4]),
+    Sequence([1, 2], [5]),
+    Sequence([1, 2, 6, 7], [8, 9]),
+    Sequence([9], [1]),
+]
 
 
 def values(forest):
-    return {name: getattr(forest, name).tolist() for name in ("ids", "depth", "end", "rows", "targets", "owner")}
+    return {
+        name: getattr(forest, name).tolist()
+        for name in ("ids", "depth", "end", "rows", "targets", "owner")
+    }
 
 
 def one_by_one(model, sequences):
-    """The oracle: each sequence in a plain forward of its own, − cross_entropy summed over its completion: (S,)."""
+    """The oracle: each sequence in a plain forward of its own, − cross_entropy summed over its
+    completion: (S,)."""
     logps = []
     for prompt, completion in sequences:
         ids = torch.tensor([prompt + completion], device=model.device)
@@ -55,9 +68,11 @@ def one_by_one(model, sequences):
 
 
 def random_items(seed, dialogues=3, turns=4, vocabulary=40):
-    """Pairs as a dialogue makes them: prompts that grow, two answers each, tokens so few that branches meet by chance.
+    """Pairs as a dialogue makes them: prompts that grow, two answers each, tokens so few that
+    branches meet by chance.
 
-    On top: a pair that occurs twice, a pair with two equal answers, and an answer that goes on where another one ends."""
+    On top: a pair that occurs twice, a pair with two equal answers, and an answer that goes on
+    where another one ends."""
     draw = random.Random(seed)
 
     def tokens(most):
@@ -69,7 +84,9 @@ def random_items(seed, dialogues=3, turns=4, vocabulary=40):
         for t in range(turns):
             chosen = tokens(4)
             rejected = draw.choice([tokens(4), chosen, chosen + tokens(3)])
-            items.append(Item(f"{d}/{t}", str(d), [Sequence(prompt, chosen), Sequence(prompt, rejected)]))
+            items.append(
+                Item(f"{d}/{t}", str(d), [Sequence(prompt, chosen), Sequence(prompt, rejected)])
+            )
             prompt = prompt + chosen + tokens(5)
     items.append(Item("again", items[1].dialogue, items[1].sequences))
     return items
@@ -79,7 +96,8 @@ def flat(items):
     return [sequence for item in items for sequence in item.sequences]
 
 
-# --- drawn by hand --------------------------------------------------------------------------------------------------------------
+# --- drawn by hand --------------------------------------------------------------------------------
+# ------------------------------
 
 
 def test_grow():
@@ -96,7 +114,8 @@ def test_grow():
 
 
 def test_grow_does_not_depend_on_the_order_of_sequences():
-    """The tree is the same; only whose rows come first changes: s3, s2, s1, s0 read off nodes 6 | 4 5 | 1 | 1 2."""
+    """The tree is the same; only whose rows come first changes: s3, s2, s1, s0 read off nodes 6 | 4
+    5 | 1 | 1 2."""
     forest = grow(HAND[::-1])
     assert values(forest) == values(grow(HAND)) | {
         "rows": [6, 4, 5, 1, 1, 2],
@@ -108,7 +127,14 @@ def test_grow_does_not_depend_on_the_order_of_sequences():
 def test_repeated_sequences_cost_no_node():
     once, thrice = grow(HAND[:1]), grow(3 * HAND[:1])
     assert thrice.ids.tolist() == once.ids.tolist() == [1, 2, 3]
-    assert thrice.rows.tolist() == [1, 2, 1, 2, 1, 2] and thrice.owner.tolist() == [0, 0, 1, 1, 2, 2]
+    assert thrice.rows.tolist() == [1, 2, 1, 2, 1, 2] and thrice.owner.tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_dense_mask():
@@ -134,17 +160,32 @@ def test_dense_mask():
 
 
 def test_join_counts_nodes_and_sequences_on():
-    """Behind HAND's seven nodes and four sequences stand the two nodes (5, 6) and the one sequence of 5 » 6 7."""
+    """Behind HAND's seven nodes and four sequences stand the two nodes (5, 6) and the one sequence
+    of 5 » 6 7."""
     forest = join([grow(HAND), grow([Sequence([5], [6, 7])])])
-    expected = {"ids": [5, 6], "depth": [0, 1], "end": [9, 9], "rows": [7, 8], "targets": [6, 7], "owner": [4, 4]}
-    assert values(forest) == {name: first + expected[name] for name, first in values(grow(HAND)).items()}
+    expected = {
+        "ids": [5, 6],
+        "depth": [0, 1],
+        "end": [9, 9],
+        "rows": [7, 8],
+        "targets": [6, 7],
+        "owner": [4, 4],
+    }
+    assert values(forest) == {
+        name: first + expected[name] for name, first in values(grow(HAND)).items()
+    }
     assert forest.size == 5
     mask = dense_mask(forest)
-    assert torch.equal(mask[:7, :7], dense_mask(grow(HAND))) and not mask[:7, 7:].any() and not mask[7:, :7].any()
+    assert (
+        torch.equal(mask[:7, :7], dense_mask(grow(HAND)))
+        and not mask[:7, 7:].any()
+        and not mask[7:, :7].any()
+    )
 
 
 def test_what_merges():
-    """Two items, both HAND[0] and HAND[1]: all in one tree is 3 nodes; an item each 3 + 3; nothing shared 3 + 2 + 3 + 2."""
+    """Two items, both HAND[0] and HAND[1]: all in one tree is 3 nodes; an item each 3 + 3; nothing
+    shared 3 + 2 + 3 + 2."""
     items = [Item(name, "0", HAND[:2]) for name in "ab"]
     assert [len(plant(items, share).ids) for share in SHARING] == [3, 6, 10]
     assert [plant(items, share).owner.tolist() for share in SHARING] == 3 * [[0, 0, 1, 2, 2, 3]]
@@ -156,7 +197,8 @@ def test_empty_prompt_and_empty_completion_are_refused(sequence):
         grow([HAND[0], sequence])
 
 
-# --- exact ----------------------------------------------------------------------------------------------------------------------
+# --- exact ----------------------------------------------------------------------------------------
+# ------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +216,9 @@ def adapted(toy):
 def gradients(model, logps):
     """Of a weighted sum, as every loss makes one, by the adapter's parameters."""
     weights = torch.linspace(-1, 1, len(logps))
-    return torch.autograd.grad((weights * logps).sum(), [p for p in model.parameters() if p.requires_grad])
+    return torch.autograd.grad(
+        (weights * logps).sum(), [p for p in model.parameters() if p.requires_grad]
+    )
 
 
 def assert_same(model, items, share, max_tokens=10**9):
@@ -183,7 +227,8 @@ def assert_same(model, items, share, max_tokens=10**9):
     logps = sequence_logps(model, forest)
     place = {id(item): i for i, item in enumerate(members)}
     order = [2 * place[id(item)] + answer for item in items for answer in (0, 1)]
-    torch.testing.assert_close(logps[order], expected, atol=1e-4, rtol=1e-6)  # at -600, an fp32 step is 6e-5
+    # at -600, an fp32 step is 6e-5
+    torch.testing.assert_close(logps[order], expected, atol=1e-4, rtol=1e-6)
     for grad, oracle in zip(gradients(model, logps[order]), gradients(model, expected)):
         assert oracle.abs().max() > 1e-2
         torch.testing.assert_close(grad, oracle, atol=1e-4, rtol=1e-4)
@@ -202,40 +247,65 @@ def test_sharing_saves_nodes_and_never_a_target():
         forests = {share: plant(items, share) for share in SHARING}
         assert len(forests["dialogue"].ids) < len(forests["pair"].ids) < len(forests["none"].ids)
         assert len(forests["none"].ids) == sum(len(p) + len(c) - 1 for p, c in flat(items))
-        assert {tuple(f.targets.tolist()) for f in forests.values()} == {tuple(t for _, c in flat(items) for t in c)}
+        assert {tuple(f.targets.tolist()) for f in forests.values()} == {
+            tuple(t for _, c in flat(items) for t in c)
+        }
 
 
 def test_dialogues_of_the_sample_equal_one_sequence_at_a_time(adapted, toy, sample):
     items = []
     for example in build_examples("vanilla", sample[:2]):
         answers = [example.completion, "[Others] I see."]
-        items.append(encode(toy[1], f"{example.dialogue}/{example.turn}", example.dialogue, example.messages, answers, 2048))
+        items.append(
+            encode(
+                toy[1],
+                f"{example.dialogue}/{example.turn}",
+                example.dialogue,
+                example.messages,
+                answers,
+                2048,
+            )
+        )
     assert_same(adapted, items, "dialogue")
 
 
 @pytest.mark.slow
 def test_smollm2_on_esconv_equals_one_sequence_at_a_time(smollm2, esconv_path):
     model, tokenizer = smollm2
-    examples = build_examples("sp", sorted(load_dialogues(esconv_path), key=lambda d: len(str(d)))[:2])
-    items = [encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], 2048) for e in examples]
+    examples = build_examples(
+        "sp", sorted(load_dialogues(esconv_path), key=lambda d: len(str(d)))[:2]
+    )
+    items = [
+        encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], 2048)
+        for e in examples
+    ]
     with torch.no_grad():
         forest = plant(items, "dialogue")
         assert 2 * len(forest.ids) < len(plant(items, "none").ids)
-        torch.testing.assert_close(sequence_logps(model, forest), one_by_one(model, flat(items)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            sequence_logps(model, forest), one_by_one(model, flat(items)), atol=1e-4, rtol=0
+        )
 
 
-# --- packing --------------------------------------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
+# ------------------------------
 
 
 @pytest.mark.parametrize("share", SHARING)
 @pytest.mark.parametrize("max_tokens", [1, 30, 60, 150, 10**6])
 def test_pack_cuts_within_the_budget_and_changes_no_number(toy, share, max_tokens):
     items = random_items(3, dialogues=4)
-    # … and one whose turns part early, as rg's do with their strategies: 2 + 16 · 10 nodes, 12 in each sequence
-    items += [Item(f"w/{i}", "w", [Sequence([5, 6] + 10 * [i], [7]), Sequence([5, 6] + 10 * [i], [8])]) for i in range(16)]
+    # … and one whose turns part early, as rg's do with their strategies: 2 + 16 · 10 nodes, 12 in
+    # each sequence
+    items += [
+        Item(f"w/{i}", "w", [Sequence([5, 6] + 10 * [i], [7]), Sequence([5, 6] + 10 * [i], [8])])
+        for i in range(16)
+    ]
     batches = pack(items, share, max_tokens)
     for members, forest in batches:
-        assert len(forest.ids) <= max(max_tokens, 2 * max(len(p) + len(c) for p, c in flat(members)))
+        assert len(forest.ids) <= max(
+            max_tokens, 2 * max(len(p) + len(c) for p, c in flat(members))
+        )
     assert sorted(id(item) for members, _ in batches for item in members) == sorted(map(id, items))
     if max_tokens == 10**6:
         assert len(batches) == 1
@@ -244,11 +314,14 @@ def test_pack_cuts_within_the_budget_and_changes_no_number(toy, share, max_token
         for members, forest in batches:
             assert forest.size == 2 * len(members)
             logps = sequence_logps(toy[0], forest).view(-1, 2)
-            torch.testing.assert_close(logps, torch.stack([expected[id(item)] for item in members]), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                logps, torch.stack([expected[id(item)] for item in members]), atol=1e-4, rtol=0
+            )
 
 
 def test_pack_makes_no_more_batches_than_it_must():
-    """Ten items of 3 nodes each under 9 tokens: three fit, so four batches; sharing merges the ten into one tree of 3 nodes."""
+    """Ten items of 3 nodes each under 9 tokens: three fit, so four batches; sharing merges the ten
+    into one tree of 3 nodes."""
     items = [Item(str(i), str(i), HAND[:2]) for i in range(10)]
     assert [len(members) for members, _ in pack(items, "pair", 9)] == [3, 3, 3, 1]
     together = [Item(str(i), "0", HAND[:2]) for i in range(10)]
@@ -257,21 +330,24 @@ def test_pack_makes_no_more_batches_than_it_must():
 
 
 def test_pack_cuts_a_tree_where_least_is_shared():
-    """Under token 0 four strategies 1 … 4, each above the chain 9 9: 1 + 4 · 3 nodes, of which 7 fit. Cut between the strategies 2 and
-    3, only token 0 is read again; at the half, among the turns of strategy 2, the whole of 0 2 9 would be."""
+    """Under token 0 four strategies 1 … 4, each above the chain 9 9: 1 + 4 · 3 nodes, of which 7
+    fit. Cut between the strategies 2 and 3, only token 0 is read again; at the half, among the
+    turns of strategy 2, the whole of 0 2 9 would be."""
     prompts = [[0, 1, 9, 9], [0, 2, 9], [0, 2, 9, 9], [0, 2, 9, 9], [0, 3, 9, 9], [0, 4, 9, 9]]
     items = [Item(str(i), "0", [Sequence(prompt, [7])]) for i, prompt in enumerate(prompts)]
     assert [len(forest.ids) for _, forest in pack(items[::-1], "dialogue", 100)] == [13]
     assert [len(forest.ids) for _, forest in pack(items[::-1], "dialogue", 7)] == [7, 7]
 
 
-# --- other architectures, sliding windows ---------------------------------------------------------------------------------------
+# --- other architectures, sliding windows
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS | ODD)
 @torch.no_grad()
 def test_architectures_equal_the_stock_model(kind, toy, tmp_path):
-    """Loaded as a user's folder is. A model that is odd may be refused instead, with a DescError, but never run wrong."""
+    """Loaded as a user's folder is. A model that is odd may be refused instead, with a DescError,
+    but never run wrong."""
     stock = build(configure(kind))
     stock.save_pretrained(tmp_path)
     toy[1].save_pretrained(tmp_path)
@@ -289,7 +365,9 @@ def test_architectures_equal_the_stock_model(kind, toy, tmp_path):
 def test_the_windows_of_these_models_matter(kind):
     """… or the test above would pass with the window left out."""
     sequences = flat(random_items(0, vocabulary=50))
-    narrow, wide = (one_by_one(build(configure(kind, sliding_window=window)), sequences) for window in (4, 1000))
+    narrow, wide = (
+        one_by_one(build(configure(kind, sliding_window=window)), sequences) for window in (4, 1000)
+    )
     assert (narrow - wide).abs().max() > 0.1
 
 
@@ -301,27 +379,37 @@ def test_layers_that_a_tree_cannot_run_are_refused(kind, toy, tmp_path):
         load(str(tmp_path))
 
 
-# --- attention in blocks --------------------------------------------------------------------------------------------------------
+# --- attention in blocks --------------------------------------------------------------------------
+# ------------------------------
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 256])
 def test_block_attention_equals_sdpa(block, monkeypatch):
-    """Outputs and gradients of the hand-drawn forest and a random one, four query heads on two key heads."""
+    """Outputs and gradients of the hand-drawn forest and a random one, four query heads on two key
+    heads."""
     monkeypatch.setattr(attention, "BLOCK", block)
     for forest in (grow(HAND), grow(flat(random_items(0)))):
         mask = dense_mask(forest)[None, None]
         nodes = mask.shape[-1]
         torch.manual_seed(0)
-        query, key, value = (torch.randn(1, heads, nodes, 8, requires_grad=True) for heads in (4, 2, 2))
+        query, key, value = (
+            torch.randn(1, heads, nodes, 8, requires_grad=True) for heads in (4, 2, 2)
+        )
         output = attention.block_attention(query, key, value, mask, scaling=0.3)
         pairs = [x.repeat_interleave(2, dim=1) for x in (key, value)]
-        expected = F.scaled_dot_product_attention(query, *pairs, attn_mask=mask, scale=0.3).transpose(1, 2)
+        expected = F.scaled_dot_product_attention(
+            query, *pairs, attn_mask=mask, scale=0.3
+        ).transpose(1, 2)
         assert output.shape == expected.shape == (1, nodes, 4, 8)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
         direction = torch.randn_like(output)
-        ours, theirs = (torch.autograd.grad((y * direction).sum(), (query, key, value)) for y in (output, expected))
+        ours, theirs = (
+            torch.autograd.grad((y * direction).sum(), (query, key, value))
+            for y in (output, expected)
+        )
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        library.opcheck(attention.block_attention, (query, key, value, mask, 0.3))  # shapes, strides and autograd as declared
+        # shapes, strides and autograd as declared
+        library.opcheck(attention.block_attention, (query, key, value, mask, 0.3))
 
 
 def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
@@ -329,7 +417,8 @@ def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
     assert_same(adapted, random_items(1), "dialogue")
 
 
-# --- FlexAttention, on CUDA; its uncompiled forward runs on the CPU --------------------------------------------------------------
+# --- FlexAttention, on CUDA; its uncompiled forward runs on the CPU
+# --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -342,7 +431,9 @@ def test_the_block_mask_is_the_dense_mask(seed, window, monkeypatch):
     query, key, value = (torch.randn(1, heads, nodes, 16) for heads in (6, 2, 2))
     mask = attention.flex_mask(forest, window)
     output, _ = attention.tree_attention(None, query, key, value, mask, 0.3)
-    expected = attention.block_attention(query, key, value, dense_mask(forest, window)[None, None], 0.3)
+    expected = attention.block_attention(
+        query, key, value, dense_mask(forest, window)[None, None], 0.3
+    )
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
     assert mask.shape == (1, 1, nodes, nodes)
 
@@ -352,7 +443,9 @@ def test_padding_changes_no_number(adapted):
     padded = pad(forest, 64)
     assert len(padded.ids) % 64 == 0 and pad(padded, 64).ids.equal(padded.ids)
     assert dense_mask(padded)[len(forest.ids) :].sum(-1).eq(1).all()  # a lone node sees itself
-    torch.testing.assert_close(sequence_logps(adapted, padded), sequence_logps(adapted, forest), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        sequence_logps(adapted, padded), sequence_logps(adapted, forest), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -362,8 +455,14 @@ def test_on_cuda_flex_attention_equals_the_stock_model(kind, toy, tmp_path):
     stock = build(configure(kind, head_dim=16)).cuda()
     stock.save_pretrained(tmp_path)
     toy[1].save_pretrained(tmp_path)
-    model, sequences = load(str(tmp_path), torch.float32, "cuda")[0], flat(random_items(0, vocabulary=50))
+    model, sequences = (
+        load(str(tmp_path), torch.float32, "cuda")[0],
+        flat(random_items(0, vocabulary=50)),
+    )
     ours, theirs = sequence_logps(model, grow(sequences)), one_by_one(stock, sequences)
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
-    gradients = [torch.autograd.grad(y.sum(), m.get_input_embeddings().weight)[0] for y, m in ((ours, model), (theirs, stock))]
+    gradients = [
+        torch.autograd.grad(y.sum(), m.get_input_embeddings().weight)[0]
+        for y, m in ((ours, model), (theirs, stock))
+    ]
     torch.testing.assert_close(*gradients, atol=1e-2, rtol=1e-2)
