@@ -20,14 +20,45 @@ from desc.encoding import end_of_turn
 from desc.tree import Forest, dense_mask
 
 
-def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", empty: bool = False):
+def native_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 if `device` multiplies bf16 matrices natively, else float32.
+
+    A CPU does so with AMX or AVX512-BF16 (x86), or with the BF16 instructions of Arm, if PyTorch
+    was built with oneDNN, which uses them. Any other emulates these products, ten times slower than
+    in float32 or worse. This asks what the processor has and times nothing, so the same machine
+    always gets the same answer. Like all of PyTorch it heeds ATEN_CPU_CAPABILITY=avx2."""
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.backends.mkldnn.is_available() and _cpu_has_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()
+    else:  # PyTorch before 2.11, which says nothing of Arm
+        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+        has = {"architecture": "x86_64", "amx_bf16": amx, "avx512_bf16": avx512}
+    if not has["architecture"].startswith("x86"):
+        return has.get("bf16", False)
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide and (has["amx_bf16"] or has["avx512_bf16"])
+
+
+def load(
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    empty: bool = False,
+):
     """(model, tokenizer) for "toy", "smollm2", a Hub id or a folder; safetensors only, no code from
     the Hub is run.
 
-    `empty` leaves the weights on the meta device, for `distributed.shard` and `read_weights` to
+    dtype None means native_dtype(device). `empty` leaves the weights on the meta device, for `distributed.shard` and `read_weights` to
     come, or to plan with. Raises DescError where it cannot be had, has no chat template, or has
     layers that a prefix tree cannot run."""
-    folder = zoo.locate(name)
+    folder, dtype = zoo.locate(name), dtype or native_dtype(device)
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
