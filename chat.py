@@ -201,7 +201,9 @@ def main():
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     print(OPENING)
     strategies = read_strategies(config.strategies)
-    model, tokenizer = load(config.model, config.torch_dtype, distributed.setup())
+    device = distributed.setup()
+    cli.choose_dtype(config, device)
+    model, tokenizer = load(config.model, config.torch_dtype, device)
     chat = Chat(model, tokenizer, config, strategies, attach(model, config.out))
     print(
         f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."

@@ -24,14 +24,13 @@ from typing import Literal
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from desc import __version__, agreement, cli, distributed, page
 from desc.endpoint import Endpoint
 from desc.esconv import Dialogue, load_splits
 from desc.figures import load_matplotlib
 from desc.files import read_lines, write_json
-from desc.journal import Journal, key
+from desc.journal import Journal, journal_settings, key
 from desc.judging import make_annotator, make_judge
 from desc.lora import digest
 from desc.modeling import load
@@ -88,6 +87,7 @@ def main():
         return print(agreement.correlate(config.correlate, config.seed))
     device = distributed.setup()
     folder, systems = Path(config.out) / "eval", find_systems(config)
+    cli.choose_dtype(config, device, journal_settings(folder, "answers"))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     test = splits["test"][: config.eval_dialogues or None]
@@ -122,9 +122,8 @@ def main():
     mine = [(k, d) for k, d in zip(keys, test) if k not in journal.done][
         distributed.rank() :: distributed.size()
     ]
-    for k, dialogue in tqdm(
-        mine, desc="evaluate", dynamic_ncols=True, disable=distributed.rank() > 0
-    ):
+    bar = cli.progress(model, len(mine), "evaluate", "dialogues")
+    for k, dialogue in mine:
         reply = dialogue.id in answered
         said = {
             name: answer(model, tokenizer, config, modules, dialogue, strategies, reply)
@@ -134,6 +133,8 @@ def main():
         journal.append(
             {"key": k, "dialogue": dialogue.id, "systems": said, "judgements": transcript}
         )
+        bar.update()
+    bar.close()
 
     distributed.barrier()
     if distributed.rank():

@@ -20,13 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from desc import DescError, agreement, cli, distributed
 from desc.endpoint import Endpoint
 from desc.esconv import load_splits
 from desc.files import write_json, write_lines
-from desc.journal import Journal, key
+from desc.journal import Journal, journal_settings, key
 from desc.judging import make_annotator
 from desc.lora import digest
 from desc.mining import ROUTINGS, Answer, account, answer_dialogue, judge, route
@@ -81,6 +79,8 @@ def main():
     if config.review:
         agreement.spare(review)
     endpoint = Endpoint.of(config) if "endpoint" in (config.annotator, config.sampler) else None
+    folder = Path(config.out) / "mined" if together else config.folder
+    cli.choose_dtype(config, device, journal_settings(folder, "answers"))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     work = [("train", d) for d in splits["train"][: config.train_dialogues or None]]
@@ -110,9 +110,7 @@ def main():
         settings |= {"task": "sp and rg", "routing": "paper"}
     used = (*modules * (config.sampler == "local"), *["annotate"] * (config.annotator == "local"))
     settings["adapters"] = [digest(Path(config.out) / module / "sft") for module in used]
-    journal = Journal(
-        Path(config.out) / "mined" if together else config.folder, "answers", settings
-    )
+    journal = Journal(folder, "answers", settings)
     keys = [key(split, dialogue, strategies) for split, dialogue in work]
     left = [(k, *one) for k, one in zip(keys, work) if k not in journal.done]
     if len(left) < len(work):
@@ -121,9 +119,8 @@ def main():
             f" {journal.whole.parent}"
         )
     mine = left[distributed.rank() :: distributed.size()]
-    for k, split, dialogue in tqdm(
-        mine, desc=f"mine {config.task}", dynamic_ncols=True, disable=distributed.rank() > 0
-    ):
+    bar = cli.progress(model, len(mine), f"mine {config.task}", "dialogues")
+    for k, split, dialogue in mine:
         answers = answer_dialogue(sampler, config.task, config.routing, dialogue, config.samples)
         if annotator and (together or config.task != "sp"):
             answers = judge(annotator, config.routing, dialogue, answers)
@@ -135,6 +132,8 @@ def main():
                 "answers": [asdict(answer) for answer in answers],
             }
         )
+        bar.update()
+    bar.close()
 
     distributed.barrier()
     if distributed.rank():

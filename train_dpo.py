@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from desc import cli, distributed
+from desc.checkpoint import checkpoint_settings
 from desc.encoding import Item, mark_loss
 from desc.esconv import Dialogue, load_splits
 from desc.lora import adapter_off, add_adapter, digest
@@ -168,7 +169,8 @@ def validate(
 
 def main():
     config = cli.parse(DPOConfig)
-    device = distributed.setup()
+    device, folder = distributed.setup(), config.folder / "dpo"
+    cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
     config.beta = BETA[config.task] if config.beta is None else config.beta
     source = find_pairs(config)
     strategies = read_strategies(config.strategies)
@@ -206,7 +208,7 @@ def main():
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout)
     if config.plan:
         return print(plan(model, config, map(encode_all, all_batches(pairs, config)), passes=2))
-    run = start(model, config, pairs, config.folder / "dpo", device, digest(sft))
+    run = start(model, config, pairs, "pairs", folder, device, digest(sft))
     _, valid_batches = prepare(valid_pairs)
     known = score_reference(model, valid_batches)
     if config.epochs > 1:  # pairs that come again are scored once
@@ -240,6 +242,7 @@ def main():
             # FSDP averages gradients over ranks: this makes it their sum
             (loss / len(items) * distributed.size()).backward()
             sums, nodes = sums + seen, nodes + len(forest.ids)
+            run.bar.update(len(members))
         cut = sum(item.turns_cut for item in items) / distributed.size()
         record = dict(zip(METRICS, sums / len(items))) | {"nodes": nodes, "turns_cut": cut}
         update(run, config, record, f"pairs {items[0].id} … {items[-1].id}")

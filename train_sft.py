@@ -17,6 +17,7 @@ import torch
 
 from desc import DescError, cli, distributed
 from desc.agreement import balance, hold_out, read_labels
+from desc.checkpoint import checkpoint_settings
 from desc.encoding import Item, encode_example, mark_loss
 from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter
@@ -112,7 +113,8 @@ def validate(
 
 def main():
     config = cli.parse(SFTConfig)
-    device = distributed.setup()
+    device, folder = distributed.setup(), config.folder / "sft"
+    cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     valid = splits["valid"][: config.eval_dialogues or None]
@@ -136,18 +138,19 @@ def main():
     if config.plan:
         return print(plan(model, config, map(encode_all, all_batches(examples, config)), passes=1))
     valid_items = encode_all(valid_examples)
-    run = start(model, config, examples, config.folder / "sft", device)
+    run = start(model, config, examples, "turns", folder, device)
     for items, batches in ahead(prepare, run.batches[run.step :]):
         begin_step(run, config)
         model.train()
         # of the whole batch, before any backward
         tokens = sum(len(item.sequences[0].completion) for item in items)
         total, nodes = 0.0, 0
-        for _, forest in batches:
+        for members, forest in batches:
             loss = sft_loss(sequence_logps(model, forest), tokens)
             # FSDP averages gradients over ranks: this makes it their sum
             (loss * distributed.size()).backward()
             total, nodes = total + loss.detach(), nodes + len(forest.ids)
+            run.bar.update(len(members))
         cut = sum(item.turns_cut for item in items) / distributed.size()
         update(
             run,

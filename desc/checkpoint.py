@@ -3,6 +3,7 @@ no pickle is ever loaded."""
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,6 +47,15 @@ def write_checkpoint(folder: Path, facts: dict, tensors: dict[str, torch.Tensor]
     # a later one can only be damaged
     for other in paths[: max(0, here + 1 - KEPT)] + paths[here + 1 :]:
         other.unlink()
+
+
+def checkpoint_settings(folder: Path) -> dict:
+    """The settings of the run whose checkpoints lie in `folder`; {} if none can be read."""
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+        with suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
+            with safe_open(path, "pt") as file:
+                return json.loads(file.metadata()["desc"])["settings"]
+    return {}
 
 
 def read_checkpoint(folder: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]] | None:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from desc import DescError, __version__, distributed
 from desc.files import write_json
 from desc.lora import CONFIG, load_adapter, save_adapter
+from desc.modeling import native_dtype
 from desc.prompts import TASKS
 from desc.tree import SHARING
 
@@ -37,8 +39,10 @@ class Config:
     seed: int = flag(
         0, "seeds the split, the adapters' start, the order of batches and all sampling"
     )
-    dtype: Literal["bfloat16", "float32"] = flag(
-        "bfloat16", "of the frozen base model; adapters are float32"
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "auto",
+        "of the frozen base model; auto is bfloat16 if this processor multiplies it natively, else"
+        " float32; adapters are float32",
     )
     max_length: int = flag(
         2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges"
@@ -220,6 +224,50 @@ def telling(config, *silent: str) -> dict:
         "max_calls",
     )
     return {name: value for name, value in asdict(config).items() if name not in silent}
+
+
+def choose_dtype(config: Config, device: torch.device, begun: dict | None = None) -> None:
+    """Replace `--dtype auto`, and print what this run computes in, and where.
+
+    A run that goes on keeps the dtype that it was `begun` with (its settings), so that it may go on
+    on another kind of machine. Any other takes what `device` multiplies natively."""
+    why = ""
+    if config.dtype == "auto":
+        native = str(native_dtype(device)).removeprefix("torch.")
+        chosen = (begun or {}).get("dtype", native)
+        config.dtype = distributed.collect([chosen])[0][0]  # all ranks follow the first
+        if config.dtype != native:
+            why = ", as this run was begun"
+        elif native == "float32":
+            why = ", because bfloat16 would be emulated here"
+    print(f"{config.model} computes in {config.dtype} on {device.type}{why}")
+
+
+def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
+    """A bar of `total` units, on the first rank alone. It also counts the tokens that `model` reads
+    (None: a server answers), so it moves within a unit, too. Away from a terminal it prints twice a
+    minute."""
+    bar = tqdm(
+        total=total,
+        initial=done,
+        desc=title,
+        unit=f" {unit}",
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        miniters=0,  # else update(0) would print nothing
+        disable=distributed.rank() > 0,
+    )
+    read = 0
+
+    def count(module, args, kwargs):
+        nonlocal read
+        read += kwargs["input_ids"].numel()
+        bar.set_postfix_str(f"{read:,} tokens read", refresh=False)
+        bar.update(0)
+
+    if model is not None:
+        model.register_forward_pre_hook(count, with_kwargs=True)
+    return bar
 
 
 def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) -> bool:

@@ -2,6 +2,8 @@
 there, on any number of ranks."""
 
 import hashlib
+import json
+from contextlib import suppress
 from pathlib import Path
 
 from desc import distributed
@@ -12,6 +14,14 @@ from desc.files import append_line, mend, read_lines, write_lines
 def key(*parts) -> str:
     """Of a piece of work: what its record is found by."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def journal_settings(folder: Path, name: str) -> dict:
+    """The settings of the run that is under way in FOLDER/NAME.RANK.jsonl; {} if there is none."""
+    for part in sorted(folder.glob(f"{name}.*.jsonl")):
+        with open(part, encoding="utf-8") as file, suppress(ValueError):
+            return json.loads(file.readline())  # a ValueError if a kill cut this line off
+    return {}
 
 
 class Journal:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import lru_cache, partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -55,9 +56,9 @@ def load(
     """(model, tokenizer) for "toy", "smollm2", a Hub id or a folder; safetensors only, no code from
     the Hub is run.
 
-    dtype None means native_dtype(device). `empty` leaves the weights on the meta device, for `distributed.shard` and `read_weights` to
-    come, or to plan with. Raises DescError where it cannot be had, has no chat template, or has
-    layers that a prefix tree cannot run."""
+    dtype None means native_dtype(device). `empty` leaves the weights on the meta device, for
+    `distributed.shard` and `read_weights` to come, or to plan with. Raises DescError if it cannot
+    be had, has no chat template, or has layers that a prefix tree cannot run."""
     folder, dtype = zoo.locate(name), dtype or native_dtype(device)
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -202,14 +203,21 @@ def forward(
             if layers
             else mask(window)
         )
+    remember = {} if cache is None else {cache_argument(model): cache}
     return model(
         input_ids=ids[None],
         position_ids=depth[None],
         attention_mask=seen,
         logits_to_keep=rows,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **remember,
     ).logits[0]
+
+
+def cache_argument(model) -> str:
+    """What this model calls the argument that takes a cache: "cache" since Transformers 5.24, which
+    warns of the name before it, "past_key_values"."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def sequence_logps(model, forest: Forest) -> torch.Tensor:

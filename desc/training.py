@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from desc import DescError, distributed
 from desc.checkpoint import read_checkpoint, write_checkpoint
-from desc.cli import TrainConfig, save_artefact
+from desc.cli import TrainConfig, progress, save_artefact
 from desc.esconv import Dialogue
 from desc.files import append_line, mend, read_lines, write_lines
 from desc.metrics import (
@@ -94,9 +94,18 @@ class Run:
     pending: tuple | None = None  # the step whose numbers have not been read from the device
     asked_to_stop: bool = False
 
+    def examples_done(self) -> int:
+        return sum(map(len, self.batches[: self.step]))
+
 
 def start(
-    model, config: TrainConfig, things: list, folder: Path, device: torch.device, more: str = ""
+    model,
+    config: TrainConfig,
+    things: list,
+    unit: str,
+    folder: Path,
+    device: torch.device,
+    more: str = "",
 ) -> Run:
     """Plan the batches, shard the model if there are several ranks, make AdamW for the trainable
     parameters; go on from a checkpoint that an earlier run with the same configuration, the same
@@ -124,11 +133,9 @@ def start(
     run = Run(batches, trained, optimizer, folder, best_at, last_at, settings)
     resume(run)
     since = f", from step {run.step} on" if run.step else ""
-    print(f"{config.model}, {len(things)} examples in {len(batches)} steps, into {folder}{since}")
-    title, hidden = f"{folder.name} {config.task}", distributed.rank() > 0
-    run.bar = tqdm(
-        total=len(batches), initial=run.step, desc=title, dynamic_ncols=True, disable=hidden
-    )
+    print(f"{len(things)} {unit} in {len(batches)} steps, into {folder}{since}")
+    title = f"{folder.name} {config.task}"
+    run.bar = progress(model, sum(map(len, batches)), title, unit, run.examples_done())
 
     def ask_to_stop(*_):
         run.asked_to_stop = True
@@ -196,6 +203,7 @@ def update(run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], batch: 
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
+    run.bar.update(run.examples_done() - run.bar.n)  # other ranks' share of this step
     settle(run)
     values = [
         v.float() if torch.is_tensor(v) else torch.full((), float(v), device=norm.device)
@@ -232,8 +240,8 @@ def log(run: Run, step: int, record: dict) -> None:
         run.folder / "metrics.jsonl", {"time": round(time.time(), 3), "step": step, **record}
     )
     if "loss" in record:
-        run.bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-        run.bar.update(step - run.bar.n)
+        title = f"{run.folder.name} {run.settings['task']}"
+        run.bar.set_description(f"{title}, loss {record['loss']:.4f}", refresh=False)
     else:
         run.bar.write("  ".join([f"step {step}"] + [f"{k} {v:.4f}" for k, v in record.items()]))
 
