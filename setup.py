@@ -7,22 +7,24 @@ setup(
         "Decoupled preference optimisation for emotional-support conversation, in plain PyTorch"
     ),
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["desc", "desc.*"]),
     package_data={"desc": ["data/*", "data/*/*"]},
+    # Lower bounds: the tests of the method were run with these (runs/install.sh --oldest). What all
+    # tests were run with stands in runs/constraints.txt. Upper bounds: the next major versions.
     install_requires=[
-        "torch>=2.6",
-        "transformers>=5.0,<6",
-        "safetensors>=0.4",
-        "sentencepiece>=0.2",
-        "tqdm>=4.60",
+        "torch>=2.6.0,<3",
+        "transformers>=5.0.0,<6",
+        "safetensors>=0.4.3,<1",
+        "sentencepiece>=0.2.0,<1",
+        "tqdm>=4.60.0,<5",
     ],
     extras_require={
-        "smollm2": ["gguf>=0.10"],
-        "report": ["matplotlib>=3.7"],
-        "dev": [
-            "pytest>=8",
-            "pytest-xdist>=3.7",
+        "smollm2": ["gguf>=0.10,<1"],
+        "report": ["matplotlib>=3.7,<4"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.17,<0.18"],
+        # what tests and benchmarks compare with
+        "oracles": [
             "peft>=0.17",
             "trl>=0.24",
             "scikit-learn>=1.4",

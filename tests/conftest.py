@@ -14,6 +14,14 @@ from desc import endpoint
 from desc.esconv import load_dialogues
 from desc.modeling import load
 
+LONGEST = (
+    "test_scripts.py",
+    "test_distributed.py",
+    "test_scripts_judged.py",
+    "test_checkpoint.py",
+    "test_chat.py",
+)
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -28,13 +36,18 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers",
-        "slow: takes minutes (SmolLM2's real weights, compilation); runs only with --slow",
+        "markers", "slow: takes minutes (SmolLM2's weights, compilation); runs only with --slow"
     )
-    torch.set_num_threads(1)  # the models are tiny: threads would only get in each other's way
+    # A warning fails the test, unless an oracle causes it. The last rule that fits wins.
+    for rule in ("error", "ignore:.*deprecated and will be removed in v6:FutureWarning"):
+        config.addinivalue_line("filterwarnings", rule)
+    # the models are tiny: threads would only get in each other's way
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
+    """The files that take longest go first, so that no core waits for another at the end."""
+    items.sort(key=lambda item: LONGEST.index(n) if (n := item.path.name) in LONGEST else 9)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

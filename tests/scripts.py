@@ -19,12 +19,13 @@ def command(script, *flags, ranks=1) -> list[str]:
 
 
 def run(script, *flags, cwd=ROOT, fails=False, ranks=1, stdin=None):
-    """The script's standard output, or, where it should fail, its standard error."""
+    """The script's standard output; if it should fail, its standard error. It must not warn."""
     # the models are tiny: threads would only get in each other's way
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     streams = {"input": stdin, "capture_output": True, "text": True, "errors": "surrogateescape"}
     done = subprocess.run(command(script, *flags, ranks=ranks), cwd=cwd, env=environment, **streams)
     assert bool(done.returncode) is fails, done.stderr
+    assert "warn" not in done.stderr.lower(), done.stderr
     return done.stderr if fails else done.stdout
 
 
