@@ -20,7 +20,7 @@ setup(
         "tqdm>=4.60.0,<5",
     ],
     extras_require={
-        "smollm2": ["gguf>=0.10,<1"],
+        "smollm2": ["gguf>=0.10,<1", "accelerate>=1.1,<2"],
         "report": ["matplotlib>=3.7,<4"],
         "dev": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.17,<0.18"],
         # what tests and benchmarks compare with

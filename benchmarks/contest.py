@@ -2,7 +2,7 @@
 contender."""
 
 import json
-import resource
+import platform
 import statistics
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def make_model(config, dtype, kernel: str):
     ).to(DEVICE)
 
 
-def our_model(config, dtype=torch.bfloat16):
+def our_model(config, dtype):
     """With the adapter that all start from as "dpo"."""
     model = make_model(config, dtype, attention.register())
     load_adapter(model, config.adapter, "dpo", trainable=True)
@@ -104,16 +104,28 @@ def now() -> float:
 
 def memory() -> int:
     """The most bytes that this process has held."""
-    return (
-        torch.cuda.max_memory_allocated()
-        if CUDA
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    import resource  # Unix alone has it
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def matrix_peak() -> float:
-    """bf16 FLOP/s of a product of two large square matrices, the best of five."""
-    a = torch.randn(8192 if CUDA else 4096, 8192 if CUDA else 4096).bfloat16().to(DEVICE)
+def machine(config) -> str:
+    """What a figure was measured on."""
+    if CUDA:
+        name = torch.cuda.get_device_name()
+    else:
+        model = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+        level = torch.backends.cpu.get_cpu_capability()
+        name = f"{model} ({level}), {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, {config.dtype}"
+
+
+def matrix_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two large square matrices, the best of five."""
+    a = torch.randn(8192 if CUDA else 4096, 8192 if CUDA else 4096).to(DEVICE, dtype)
     times = []
     for _ in range(5):
         begin = now()
@@ -123,10 +135,11 @@ def matrix_peak() -> float:
 
 
 def read_ours(config, items: list[Item], loss_of) -> dict:
-    """Ours over all items, bf16; and the loss of the first few in fp32. loss_of(model, forest,
-    items) is a part of theirs."""
+    """Ours over all items, in config.dtype; and the loss of the first few in fp32.
+
+    loss_of(model, forest, items) is a part of theirs."""
     model, share = (
-        our_model(config),
+        our_model(config, config.torch_dtype),
         ("dialogue" if config.contender == "compiled" else config.contender),
     )
     batches = [
@@ -154,8 +167,8 @@ def read_ours(config, items: list[Item], loss_of) -> dict:
 def train_trl(
     config, trainer_class, settings_class, rows: list[dict], items: list[Item], models=tuple, **more
 ) -> dict:
-    """TRL over all rows, which are `items` to us, bf16; and the loss of the first few in fp32,
-    where the trainer gets models(), too."""
+    """TRL over all rows, which are `items` to us, in config.dtype; and the loss of the first few in
+    fp32, where the trainer gets models(), too."""
     import peft
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -199,7 +212,7 @@ def train_trl(
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        make(rows, config.trl_batch_size, torch.bfloat16, folder).train()
+        make(rows, config.trl_batch_size, config.torch_dtype, folder).train()
         tokens = sum(len(s.prompt) + len(s.completion) for item in items for s in item.sequences)
         result = {"seconds": clock.seconds, "memory": memory(), "tokens": tokens}
         trainer = make(rows[:CHECKED], CHECKED, torch.float32, folder, *models())
@@ -215,10 +228,11 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
     counts how often the products with the weights are done for a token that is read: forwards, and
     the input's gradient."""
     config = cli.parse(Config)
+    cli.choose_dtype(config, DEVICE)
     if config.contender:
         things, peak = (
             make(config, typical(training_dialogues(config), config.dialogues)),
-            matrix_peak(),
+            matrix_peak(config.torch_dtype),
         )
         if config.some:
             things = things[:: len(things) // config.some][: config.some]
@@ -226,7 +240,8 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
         return print(json.dumps(result | {"count": len(things), "peak": peak}))
 
     def start(*flags) -> dict:
-        command = [sys.executable, *sys.argv, "--adapter", folder, *map(str, flags)]
+        command = [sys.executable, *sys.argv, "--dtype", config.dtype, "--adapter", folder]
+        command += map(str, flags)
         return json.loads(
             subprocess.run(
                 command, check=True, stdout=subprocess.PIPE, text=True
@@ -235,7 +250,7 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
 
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(config, torch.bfloat16, "sdpa")
+        model = make_model(config, config.torch_dtype, "sdpa")
         layers = model.model.layers.named_modules()
         products = sum(m.weight.numel() for _, m in layers if isinstance(m, nn.Linear))
         add_adapter(model, "dpo")
@@ -279,6 +294,6 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
     count = max(r["count"] for r in results.values())
     print(
         f"{config.model}, {config.task}, {count} {unit}s of {config.dialogues} dialogues of"
-        f" {config.data}\n"
+        f" {config.data}\n{machine(config)}\n"
     )
     print(report.markdown(lines))

@@ -6,10 +6,11 @@ too), by pair and not at all, and TRL + PEFT.
     python benchmarks/dpo_step.py --task sp --model qwen2.5-7b    that shape, for its speed alone
 
 Each contender runs in a process of its own, one after another, over all pairs: reference, policy,
-backward. TRL trains as a careful user would set it: bf16, no gradient checkpointing, the reference
-that it makes itself, the batch size that is fastest. Prints pairs/s, the ratio to TRL, peak memory,
-tokens read, the share of this machine's bf16 matrix peak (measured by each process; counted are the
-products with the weights) and the fp32 loss of the first pairs."""
+backward. TRL trains as a careful user would set it: the same dtype, no gradient checkpointing, the
+reference that it makes itself, the batch size that is fastest. Prints the machine and the dtype,
+pairs/s, the ratio to TRL, peak memory, tokens read, the share of this machine's matrix peak in that
+dtype (measured by each process; counted are the products with the weights) and the fp32 loss of the
+first pairs."""
 
 import random
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from contest import now
+from contest import DEVICE, machine, now
 from tqdm import tqdm
 
 from desc import cli
@@ -30,13 +30,13 @@ class Config(cli.DataConfig):
 
 def main():
     config = cli.parse(Config)
+    cli.choose_dtype(config, DEVICE)
+    print(machine(config))
     strategies = read_strategies(config.strategies)
     test = load_splits(config.data, config.split_file, strategies, config.seed)["test"][
         : config.eval_dialogues or None
     ]
-    model, tokenizer = load(
-        config.model, config.torch_dtype, "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    model, tokenizer = load(config.model, config.torch_dtype, DEVICE)
     cli.use_adapter(model, Path(config.out) / "sp" / "sft", "sp", "the base model plans")
 
     # warm

@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contest import CUDA, DEVICE, now, training_dialogues
+from contest import CUDA, DEVICE, machine, now, training_dialogues
 from dpo_step import encode_pairs, loss_of, make_pairs
 
 from desc import cli, report
@@ -146,6 +146,8 @@ def draw(config, costs: dict[str, list[tuple[float, int]]], steps: list[float]) 
 
 def main():
     config = cli.parse(Config)
+    cli.choose_dtype(config, DEVICE)
+    print(machine(config))
     costs = lengthen(config)
     lines = [
         [

@@ -314,6 +314,8 @@ def fail(problem: str) -> None:
 
 def run(main) -> None:
     """Call main(); a DescError or a full disk ends in one line, an interrupt in none."""
+    for stream in (sys.stdout, sys.stderr):  # Windows' consoles lack some of our signs, such as κ
+        stream.reconfigure(errors="replace")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

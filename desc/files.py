@@ -19,9 +19,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError:  # a full disk, or a folder of that name: leave it as it was
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name too must outlive a power cut
-    os.close(folder)
+    if os.name == "posix":  # Windows opens no folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too must outlive a power cut
+        os.close(folder)
 
 
 def write_json(path: Path, value) -> None:
@@ -37,7 +38,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 def append_line(path: Path, record: dict) -> None:
     """One more JSON line, whole on disk before this returns."""
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -239,7 +239,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """An adapter's configuration and tensors; DescError where it is broken or anything but plain
     LoRA."""
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise DescError(f"{folder}: holds no readable LoRA adapter ({error})") from None

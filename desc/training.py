@@ -94,6 +94,9 @@ class Run:
     pending: tuple | None = None  # the step whose numbers have not been read from the device
     asked_to_stop: bool = False
 
+    def title(self) -> str:
+        return " ".join(self.folder.parts[-2:])  # "sp sft"
+
     def examples_done(self) -> int:
         return sum(map(len, self.batches[: self.step]))
 
@@ -134,8 +137,7 @@ def start(
     resume(run)
     since = f", from step {run.step} on" if run.step else ""
     print(f"{len(things)} {unit} in {len(batches)} steps, into {folder}{since}")
-    title = f"{folder.name} {config.task}"
-    run.bar = progress(model, sum(map(len, batches)), title, unit, run.examples_done())
+    run.bar = progress(model, sum(map(len, batches)), run.title(), unit, run.examples_done())
 
     def ask_to_stop(*_):
         run.asked_to_stop = True
@@ -240,8 +242,7 @@ def log(run: Run, step: int, record: dict) -> None:
         run.folder / "metrics.jsonl", {"time": round(time.time(), 3), "step": step, **record}
     )
     if "loss" in record:
-        title = f"{run.folder.name} {run.settings['task']}"
-        run.bar.set_description(f"{title}, loss {record['loss']:.4f}", refresh=False)
+        run.bar.set_description(f"{run.title()}, loss {record['loss']:.4f}", refresh=False)
     else:
         run.bar.write("  ".join([f"step {step}"] + [f"{k} {v:.4f}" for k, v in record.items()]))
 

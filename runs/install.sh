@@ -35,7 +35,8 @@ echo "installing into $venv; this takes some minutes …"
 
 # -qq: pip tells errors alone, for its warnings speak of the network and of itself.
 pip() {
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$versions" ${upgrade:-} "$@"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$versions" \
+        ${upgrade:-} "$@"
 }
 # Without a GPU PyTorch's build for CPUs will do. On Linux PyPI's brings several GB of CUDA, so
 # PyTorch's own index is asked first: once, and for torch alone.

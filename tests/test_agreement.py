@@ -7,7 +7,6 @@ import random
 
 import numpy as np
 import pytest
-from sklearn.metrics import cohen_kappa_score
 
 from desc import DescError
 from desc.agreement import (
@@ -57,6 +56,7 @@ def test_kappa_is_scikit_learns():
     counts = np.zeros((6, 6))
     for a, b in zip(ours, theirs):
         counts[LABELS.index(a), LABELS.index(b)] += 1
+    cohen_kappa_score = pytest.importorskip("sklearn.metrics").cohen_kappa_score
     expected = cohen_kappa_score(theirs, ours)
     assert kappa_of_confusion(counts) == pytest.approx(expected)
     text = compare(theirs, ours, [str(i // 10) for i in range(200)])

@@ -1,0 +1,127 @@
+"""pytest tests/test_modeling.py
+
+What a processor multiplies natively, and both names of the argument that takes a cache."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scripts import lines, run
+
+from desc import cli
+from desc.checkpoint import checkpoint_settings
+from desc.journal import Journal, journal_settings
+from desc.modeling import cache_argument, load, native_dtype
+
+X86 = {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False}
+
+
+@pytest.mark.parametrize(
+    "has, level, dtype",
+    [
+        (X86 | {"amx_bf16": True}, "AVX512", torch.bfloat16),
+        (X86 | {"avx512_bf16": True}, "AVX512", torch.bfloat16),
+        (X86, "AVX512", torch.float32),  # Skylake: AVX-512, but no bf16
+        (X86, "AVX2", torch.float32),
+        (X86 | {"amx_bf16": True}, "AVX2", torch.float32),  # PyTorch was told to use AVX2
+        ({"architecture": "aarch64", "bf16": True}, "SVE256", torch.bfloat16),
+        ({"architecture": "aarch64", "bf16": False}, "DEFAULT", torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_what_it_multiplies_natively(has, level, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert native_dtype("cpu") == dtype
+
+
+def test_without_onednn_nothing_uses_bf16_instructions(monkeypatch):
+    """As on a Mac, whose processor has them."""
+    has = {"architecture": "arm64", "bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert native_dtype("cpu") == torch.float32
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_is_asked_whether_it_emulates(native, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation
+    )
+    assert native_dtype("cuda:0") == (torch.bfloat16 if native else torch.float32)
+
+
+def test_load_follows_the_processor(monkeypatch):
+    monkeypatch.setattr("desc.modeling.native_dtype", lambda device: torch.float64)
+    assert load("toy")[0].dtype == torch.float64
+    assert load("toy", torch.float32)[0].dtype == torch.float32
+
+
+def test_auto_is_replaced_by_what_a_run_was_begun_with(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "native_dtype", lambda device: torch.float32)
+    told = []
+    for flag, begun in (("auto", {}), ("auto", {"dtype": "bfloat16"}), ("bfloat16", {})):
+        config = cli.Config(dtype=flag)
+        cli.choose_dtype(config, torch.device("cpu"), begun)
+        told.append((config.torch_dtype, capsys.readouterr().out))
+    assert told == [
+        (
+            torch.float32,
+            "smollm2 computes in float32 on cpu, because bfloat16 would be emulated here\n",
+        ),
+        (torch.bfloat16, "smollm2 computes in bfloat16 on cpu, as this run was begun\n"),
+        (torch.bfloat16, "smollm2 computes in bfloat16 on cpu\n"),
+    ]
+
+
+def test_a_run_that_moves_to_another_machine_keeps_its_dtype(tmp_path):
+    """Stopped after one step on a machine with AVX2 alone; whatever this one has, it goes on."""
+    flags = ("--task", "sp", "--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
+    train = ("train_sft.py", *flags, "--train-dialogues", 3, "--epochs", 2, "--batch-size", 8)
+    stop = (
+        "import os, runpy, signal, sys\n"
+        "from desc import training\n"
+        "update = training.update\n"
+        "def once(*args):\n"
+        "    update(*args)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "training.update = once\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    settings = checkpoint_settings(tmp_path / "sp" / "sft" / "checkpoints")
+    assert settings == {}
+    root = os.path.dirname(os.path.dirname(__file__))
+    script, *rest = map(str, train)
+    there = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", stop, os.path.join(root, script), *rest],
+        capture_output=True,
+        text=True,
+        env=there,
+        cwd=root,
+    )
+    assert "stopped after step 1" in done.stdout and "float32 on cpu, because" in done.stdout
+    assert checkpoint_settings(tmp_path / "sp" / "sft" / "checkpoints")["dtype"] == "float32"
+    said = run(*train)
+    assert "computes in float32" in said and "from step 1 on" in said
+    config = json.loads((tmp_path / "sp" / "sft" / "config.json").read_text())
+    assert config["dtype"] == "float32" and len(lines(tmp_path / "sp/sft/metrics.jsonl")) > 2
+
+
+def test_a_journal_knows_what_it_was_begun_with(tmp_path):
+    assert journal_settings(tmp_path, "answers") == {}
+    Journal(tmp_path, "answers", {"dtype": "float32"}).append({"key": "a"})
+    assert journal_settings(tmp_path, "answers") == {"dtype": "float32"}
+    (tmp_path / "answers.0.jsonl").write_text('{"dty')  # a kill cut it off
+    assert journal_settings(tmp_path, "answers") == {}
+
+
+def test_both_names_of_the_cache():
+    old = SimpleNamespace(forward=lambda input_ids, past_key_values=None: None)
+    new = SimpleNamespace(forward=lambda input_ids, cache=None: None)
+    assert (cache_argument(old), cache_argument(new)) == ("past_key_values", "cache")
