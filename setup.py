@@ -10,10 +10,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["desc", "desc.*"]),
     package_data={"desc": ["data/*", "data/*/*"]},
-    # Lower bounds: the tests of the method were run with these (runs/install.sh --oldest). What all
-    # tests were run with stands in runs/constraints.txt. Upper bounds: the next major versions.
+    # Lower bounds: the tests were run with these (runs/install.sh --oldest), but for those that
+    # compare with newer oracles. All tests were run with runs/constraints.txt. Upper bounds: the
+    # next major versions.
     install_requires=[
-        "torch>=2.6.0,<3",
+        "torch>=2.7.1,<3",
         "transformers>=5.0.0,<6",
         "safetensors>=0.4.3,<1",
         "sentencepiece>=0.2.0,<1",

@@ -49,13 +49,17 @@ def test_trees_are_not_laid_together_where_ranks_would_idle():
 
 
 def same_adapter(one, other, atol):
+    """Equal but for one entry in a hundred. AdamW divides a gradient by its own size, so an entry
+    whose gradient is all rounding moves by up to the rate (3e-3) in a direction of chance."""
     a, b = (
         load_file(one / "adapter_model.safetensors"),
         load_file(other / "adapter_model.safetensors"),
     )
     assert a.keys() == b.keys() and max(float(t.abs().max()) for t in a.values()) > 0.01
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-3)
+        difference = (a[name] - b[name]).abs()
+        apart = difference > atol + 1e-3 * b[name].abs()
+        assert apart.float().mean() < 0.01 and difference.max() < 3e-3, name
     assert json.loads((one / "adapter_config.json").read_text()) == json.loads(
         (other / "adapter_config.json").read_text()
     )
