@@ -5,7 +5,6 @@ Several gloo processes do what one does, up to the order of floating-point sums.
 import json
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from scripts import ROOT, lines, run
 

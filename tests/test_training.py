@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from scripts import lines
+from tqdm import tqdm
 
 from desc import DescError
 from desc.encoding import encode
@@ -54,7 +55,7 @@ def test_learning_rate_by_hand():
 
 def make_run(tmp_path, weight):
     optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0)
-    bar = SimpleNamespace(n=0, set_postfix=lambda **_: None, update=lambda _: None)
+    bar = tqdm(disable=True)
     return Run([[]] * 10, {"w": weight}, optimizer, tmp_path, tmp_path, tmp_path, {}, bar)
 
 

@@ -421,6 +421,7 @@ def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
 # --------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_block_mask_is_the_dense_mask(seed, window, monkeypatch):
