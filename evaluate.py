@@ -25,18 +25,23 @@ from typing import Literal
 import torch
 import transformers
 
-from desc import __version__, agreement, cli, distributed, page
-from desc.endpoint import Endpoint
+from desc import __version__, cli
 from desc.esconv import Dialogue, load_splits
-from desc.figures import load_matplotlib
-from desc.files import read_lines, write_json
-from desc.journal import Journal, journal_settings, key
-from desc.judging import make_annotator, make_judge
-from desc.lora import digest
+from desc.evaluation import page
+from desc.evaluation.figures import load_matplotlib
+from desc.evaluation.scores import FREQUENCIES, frequency_row, summarise
+from desc.evaluation.systems import answer, criticise, find_systems, load_systems
+from desc.evaluation.tables import tables
+from desc.judging import agreement
+from desc.judging.annotator import make_annotator
+from desc.judging.endpoint import Endpoint
+from desc.judging.judge import make_judge
 from desc.modeling import load
-from desc.report import FREQUENCIES, frequency_row, summarise, tables
+from desc.storage.adapters import adapter_digest
+from desc.storage.files import read_lines, write_json
+from desc.storage.journal import Journal, journal_settings, work_key
 from desc.strategies import read_strategies
-from desc.systems import answer, criticise, find_systems, load_systems
+from desc.training import ranks
 
 
 @dataclass
@@ -46,18 +51,20 @@ class EvalConfig(cli.SampleConfig, cli.AskConfig):
         metadata={"help": "NAME=MODULE:ADAPTER[,MODULE:ADAPTER] …; none: what OUT holds"},
     )
     seeds: int = cli.flag(
-        1, "draws of every strategy, with --seed, --seed + 1, …; their mean scores are reported"
+        1,
+        "draws of every strategy, with --seed, --seed + 1, …; their mean scores are reported",
+        at_least=1,
     )
     decode: Literal["scored", "free"] = cli.flag(
         "scored", "how a strategy is found: all names scored in one pass, or written and parsed"
     )
     reply_dialogues: int = cli.flag(
-        0, "test dialogues that are answered in words, the first; 0 takes all, -1 none"
+        0, "test dialogues that are answered in words, the first; 0 takes all, -1 none", at_least=-1
     )
     judge: Literal["none", "local", "endpoint"] = cli.flag(
         "none", "who rates replies and compares them: nobody, --model, --endpoint"
     )
-    show: int = cli.flag(0, "turns to print with the answer of each system")
+    show: int = cli.flag(0, "turns to print with the answer of each system", at_least=0)
     report: str | None = cli.flag(
         None, "an HTML file to write: figures, and every answer; needs the extra `report`"
     )
@@ -85,7 +92,7 @@ def main():
     config = cli.parse(EvalConfig)
     if config.correlate:
         return print(agreement.correlate(config.correlate, config.seed))
-    device = distributed.setup()
+    device = ranks.join()
     folder, systems = Path(config.out) / "eval", find_systems(config)
     cli.choose_dtype(config, device, journal_settings(folder, "answers"))
     strategies = read_strategies(config.strategies)
@@ -100,7 +107,7 @@ def main():
         load_matplotlib()  # if it is missing, say so now
     ratings = folder / "ratings.csv"
     if config.judge != "none":
-        agreement.spare(ratings)
+        agreement.refuse_labelled(ratings)
 
     model, tokenizer = load(config.model, config.torch_dtype, device)
     loaded = load_systems(model, systems)
@@ -109,18 +116,20 @@ def main():
         make_annotator(config, model, tokenizer, endpoint),
         make_judge(config, model, tokenizer, endpoint),
     )
-    settings = cli.telling(config, "systems", "reply_dialogues", "show", "report", "correlate")
+    settings = cli.answer_settings(
+        config, "systems", "reply_dialogues", "show", "report", "correlate"
+    )
     settings["adapters"] = {
-        name: {module: digest(Path(f)) or f for module, f in modules.items()}
+        name: {module: adapter_digest(Path(f)) or f for module, f in modules.items()}
         for name, modules in systems.items()
     }
     settings["annotate"] = (
-        digest(Path(config.out) / "annotate" / "sft") if config.annotator == "local" else ""
+        adapter_digest(Path(config.out) / "annotate" / "sft") if config.annotator == "local" else ""
     )
-    journal = Journal(folder, "answers", settings)
-    keys = [key(dialogue, strategies, dialogue.id in answered) for dialogue in test]
+    journal = Journal(folder, "answers", settings, ranks.rank(), ranks.wait_for_all)
+    keys = [work_key(dialogue, strategies, dialogue.id in answered) for dialogue in test]
     mine = [(k, d) for k, d in zip(keys, test) if k not in journal.done][
-        distributed.rank() :: distributed.size()
+        ranks.rank() :: ranks.world_size()
     ]
     bar = cli.progress(model, len(mine), "evaluate", "dialogues")
     for k, dialogue in mine:
@@ -136,8 +145,8 @@ def main():
         bar.update()
     bar.close()
 
-    distributed.barrier()
-    if distributed.rank():
+    ranks.wait_for_all()
+    if ranks.rank():
         return
     records = journal.finish(keys)
     answers = {name: [record["systems"][name] for record in records] for name in systems}
@@ -152,7 +161,7 @@ def main():
         "transformers": transformers.__version__,
         "test dialogues": len(test),
     }
-    facts |= {"test data": key(*keys), **asdict(config), **settings}
+    facts |= {"test data": work_key(*keys), **asdict(config), **settings}
     write_json(folder / "results.json", {"facts": facts, "systems": rows})
     print(
         f"\n{len(test)} test dialogues; percent but for B, nll (nats), ratings (0 to 5) and length"

@@ -20,32 +20,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from desc import DescError, agreement, cli, distributed
-from desc.endpoint import Endpoint
+from desc import DescError, cli
 from desc.esconv import load_splits
-from desc.files import write_json, write_lines
-from desc.journal import Journal, journal_settings, key
-from desc.judging import make_annotator
-from desc.lora import digest
+from desc.evaluation.tables import mining_table
+from desc.judging import agreement
+from desc.judging.annotator import make_annotator
+from desc.judging.endpoint import Endpoint, EndpointSampler
 from desc.mining import ROUTINGS, Answer, account, answer_dialogue, judge, route
 from desc.modeling import load
-from desc.report import mining_table
-from desc.sampling import EndpointSampler, LocalSampler
+from desc.sampling import LocalSampler
+from desc.storage.adapters import adapter_digest
+from desc.storage.files import write_json, write_lines
+from desc.storage.journal import Journal, journal_settings, work_key
 from desc.strategies import read_strategies
+from desc.training import ranks
 
 
 @dataclass
 class MineConfig(cli.SampleConfig, cli.AskConfig, cli.TaskConfig):
     train_dialogues: int = cli.flag(
-        0, "training dialogues to mine, the first of the split; 0 takes all"
+        0, "training dialogues to mine, the first of the split; 0 takes all", at_least=0
     )
     routing: Literal[ROUTINGS] = cli.flag("released", "what makes a pair, and for which module")
     sampler: Literal["local", "endpoint"] = cli.flag(
         "local", "who answers: --model with the adapters in OUT, or --endpoint"
     )
-    samples: int = cli.flag(1, "answers a turn; equal ones make one pair")
-    min_confidence: float = cli.flag(0.0, "judgements that are less sure make no pair")
-    review: int = cli.flag(0, "judged answers to write to OUT/review.csv")
+    samples: int = cli.flag(1, "answers a turn; equal ones make one pair", at_least=1)
+    min_confidence: float = cli.flag(
+        0.0, "judgements that are less sure make no pair", at_least=0, at_most=1
+    )
+    review: int = cli.flag(0, "judged answers to write to OUT/review.csv", at_least=0)
     agreement: str | None = cli.flag(
         None, "a file with labels to hold against an annotator, instead of mining"
     )
@@ -54,12 +58,14 @@ class MineConfig(cli.SampleConfig, cli.AskConfig, cli.TaskConfig):
         0.2,
         "for --agreement: the share of labelled dialogues, the last, that are used, as in"
         " train_sft.py",
+        at_least=0,
+        at_most=1,
     )
 
 
 def main():
     config = cli.parse(MineConfig)
-    device = distributed.setup()
+    device = ranks.join()
     together = config.routing != "released" and config.task != "vanilla"
     if config.routing != "released" and config.annotator == "none":
         raise DescError(
@@ -77,7 +83,7 @@ def main():
         )
     review = Path(config.out) / "review.csv"
     if config.review:
-        agreement.spare(review)
+        agreement.refuse_labelled(review)
     endpoint = Endpoint.of(config) if "endpoint" in (config.annotator, config.sampler) else None
     folder = Path(config.out) / "mined" if together else config.folder
     cli.choose_dtype(config, device, journal_settings(folder, "answers"))
@@ -90,7 +96,7 @@ def main():
     model, tokenizer = load(config.model, config.torch_dtype, device) if local else (None, None)
     annotator = make_annotator(config, model, tokenizer, endpoint)
     if config.agreement:
-        return distributed.rank() or print(
+        return ranks.rank() or print(
             agreement.measure(config, splits["test"], strategies, annotator)
         )
     modules = ("sp", "rg") if together else (config.task,)
@@ -102,23 +108,23 @@ def main():
     else:
         sampler = EndpointSampler(endpoint, config, strategies)
 
-    settings = cli.telling(
+    settings = cli.answer_settings(
         config, "train_dialogues", "agreement", "min_confidence", "review", "label_map", "held_out"
     )
     if together:
         # all-to-rg routes the same answers otherwise
         settings |= {"task": "sp and rg", "routing": "paper"}
     used = (*modules * (config.sampler == "local"), *["annotate"] * (config.annotator == "local"))
-    settings["adapters"] = [digest(Path(config.out) / module / "sft") for module in used]
-    journal = Journal(folder, "answers", settings)
-    keys = [key(split, dialogue, strategies) for split, dialogue in work]
+    settings["adapters"] = [adapter_digest(Path(config.out) / module / "sft") for module in used]
+    journal = Journal(folder, "answers", settings, ranks.rank(), ranks.wait_for_all)
+    keys = [work_key(split, dialogue, strategies) for split, dialogue in work]
     left = [(k, *one) for k, one in zip(keys, work) if k not in journal.done]
     if len(left) < len(work):
         print(
             f"{len(work) - len(left)} of {len(work)} dialogues are answered already in"
             f" {journal.whole.parent}"
         )
-    mine = left[distributed.rank() :: distributed.size()]
+    mine = left[ranks.rank() :: ranks.world_size()]
     bar = cli.progress(model, len(mine), f"mine {config.task}", "dialogues")
     for k, split, dialogue in mine:
         answers = answer_dialogue(sampler, config.task, config.routing, dialogue, config.samples)
@@ -135,8 +141,8 @@ def main():
         bar.update()
     bar.close()
 
-    distributed.barrier()
-    if distributed.rank():
+    ranks.wait_for_all()
+    if ranks.rank():
         return
     records = journal.finish(keys)
     answers = [[Answer.read(answer) for answer in record["answers"]] for record in records]

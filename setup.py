@@ -14,7 +14,7 @@ setup(
     # compare with newer oracles. All tests were run with runs/constraints.txt. Upper bounds: the
     # next major versions.
     install_requires=[
-        "torch>=2.7.1,<3",
+        "torch>=2.9.1,<3",
         "transformers>=5.0.0,<6",
         "safetensors>=0.4.3,<1",
         "sentencepiece>=0.2.0,<1",

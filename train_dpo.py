@@ -15,33 +15,32 @@ paper's (β 0.5 for sp, 0.2 for rg, 1 epoch); it leaves open β for vanilla (0.2
 
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 
 import torch
 
-from desc import cli, distributed
-from desc.checkpoint import checkpoint_settings
+from desc import cli
 from desc.encoding import Item, mark_loss
-from desc.esconv import Dialogue, load_splits
-from desc.lora import adapter_off, add_adapter, digest
+from desc.esconv import Dialogue, first, load_splits
+from desc.lora import adapter_off, add_adapter
 from desc.losses import dpo_loss
 from desc.mining import Pair, encode_pair, read_pairs
 from desc.modeling import load, sequence_logps
-from desc.plan import plan
+from desc.storage.adapters import adapter_digest
+from desc.storage.checkpoint import checkpoint_settings
 from desc.strategies import Strategies, read_strategies
-from desc.training import (
-    ahead,
-    all_batches,
-    begin_step,
-    due,
+from desc.training.batches import all_batches, make_batches, my_micro_batches, prepare_ahead
+from desc.training.estimate import estimate
+from desc.training.ranks import gather_objects, join, sum_over_ranks, world_size
+from desc.training.run import (
+    begin,
+    clip_and_step,
     finish,
-    make_batches,
+    is_due,
+    keep_best,
     planner_scores,
-    start,
-    survive,
-    update,
-    validated,
+    save_checkpoint_if_due,
+    seed_dropout,
 )
 from desc.tree import Forest
 
@@ -59,24 +58,25 @@ METRICS = (
 
 @dataclass
 class DPOConfig(cli.TrainConfig):
-    lr: float = cli.flag(5e-6, "peak learning rate; a 135M model wants about 5e-5")
-    epochs: int = cli.flag(1, "passes over the pairs")
+    lr: float = cli.flag(5e-6, "peak learning rate; a 135M model wants about 5e-5", at_least=0)
+    epochs: int = cli.flag(1, "passes over the pairs", at_least=1)
     beta: float | None = cli.flag(
         None,
         "how dearly leaving the reference is paid; smaller moves further. None: sp 0.5, rg and"
         " vanilla 0.2",
     )
     label_smoothing: float = cli.flag(
-        0.0, "share of pairs taken to be labelled the wrong way round"
+        0.0, "share of pairs taken to be labelled the wrong way round", at_least=0, at_most=0.5
     )
     sft: str | None = cli.flag(None, "folder of the SFT adapter; None: OUT/TASK/sft")
-    eval_pairs: int = cli.flag(0, "validation pairs to score, the first; 0 takes all")
+    eval_pairs: int = cli.flag(0, "validation pairs to score, the first; 0 takes all", at_least=0)
     pairs: str | None = cli.flag(
         None, "folder with pairs.jsonl and pairs.valid.jsonl; None: OUT/TASK"
     )
 
 
 def find_pairs(config: DPOConfig) -> Path:
+    """The folder of the pairs: --pairs, what was mined, or a few that are shipped."""
     folder = Path(config.pairs) if config.pairs else config.folder
     if not (folder / "pairs.jsonl").exists() and not config.pairs:
         print(
@@ -88,55 +88,43 @@ def find_pairs(config: DPOConfig) -> Path:
     return folder
 
 
+def pair_logps(model, forest: Forest) -> torch.Tensor:
+    """log π of the chosen and the rejected answer of each pair: (B, 2)."""
+    return sequence_logps(model, forest).view(-1, 2)
+
+
 @torch.no_grad()
 def reference_logps(model, forest: Forest) -> torch.Tensor:
-    """(2B,): the same weights and code as the policy's, with `dpo` off, in eval mode, before the
-    policy's forward."""
+    """pair_logps of the reference: the same weights and code, with `dpo` off and in eval mode."""
     model.eval()
     with adapter_off(model, "dpo"):
-        return sequence_logps(model, forest)
+        return pair_logps(model, forest)
 
 
-def score_reference(model, batches) -> dict[str, list[float]]:
-    """The reference's log-probabilities of the chosen and the rejected answer, by pair id, on every
-    rank."""
-    scored = [
-        zip((item.id for item in members), reference_logps(model, forest).view(-1, 2).tolist())
-        for members, forest in batches
-    ]
-    return dict(chain(*distributed.collect(list(chain(*scored)))))
+def score_reference(model, micro_batches) -> dict[str, list[float]]:
+    """The reference's two log-probabilities of each pair, by pair id, on every rank."""
+    scored: dict[str, list[float]] = {}
+    for members, forest in micro_batches:
+        rows = reference_logps(model, forest).tolist()
+        scored |= {item.id: row for item, row in zip(members, rows)}
+    for part in gather_objects(scored):
+        scored |= part
+    return scored
 
 
-def look_up(
-    known: dict[str, list[float]], members: list[Item], device: torch.device
-) -> torch.Tensor:
-    values = [logp for item in members for logp in known[item.id]]
-    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+def look_up(known: dict[str, list[float]], members: list[Item], device) -> torch.Tensor:
+    """What score_reference found for these pairs: (B, 2)."""
+    rows = torch.tensor([known[item.id] for item in members], dtype=torch.float32).view(-1, 2)
+    if device.type == "cuda":
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows
 
 
-def measure(
-    policy: torch.Tensor, reference: torch.Tensor, config: DPOConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss summed over the forest's pairs, and the sums of METRICS (7,). Chosen and rejected
-    alternate in both (2B,)."""
-    losses, chosen, rejected = dpo_loss(
-        policy[0::2],
-        policy[1::2],
-        reference[0::2],
-        reference[1::2],
-        config.beta,
-        config.label_smoothing,
-    )
-    seen = (
-        losses,
-        chosen,
-        rejected,
-        chosen - rejected,
-        (chosen > rejected).float(),
-        policy[0::2],
-        policy[1::2],
-    )
-    return losses.sum(), torch.stack([values.detach().sum() for values in seen])
+def sum_metrics(losses, chosen, rejected, policy) -> torch.Tensor:
+    """METRICS summed over a forest's pairs: (7,). losses and rewards are (B,), policy is (B, 2)."""
+    accuracies = (chosen > rejected).float()
+    values = losses, chosen, rejected, chosen - rejected, accuracies, *policy.unbind(1)
+    return torch.stack([value.detach().sum() for value in values])
 
 
 @torch.no_grad()
@@ -144,111 +132,110 @@ def validate(
     model,
     tokenizer,
     config: DPOConfig,
-    batches,
-    known,
+    micro_batches,
+    known: dict[str, list[float]],
     dialogues: list[Dialogue],
     strategies: Strategies,
-) -> dict:
-    """METRICS on validation pairs; where the module plans, the exact scores of its strategies on
-    validation dialogues too."""
+) -> dict[str, float]:
+    """METRICS on validation pairs; if the module plans, its exact scores on validation dialogues,
+    too."""
     model.eval()
-    sums = sum(
-        measure(sequence_logps(model, f), look_up(known, members, model.device), config)[1]
-        for members, f in batches
-    )
-    count = distributed.total(torch.tensor(sum(len(members) for members, _ in batches)))
-    scores = dict(
-        zip((f"valid/{name}" for name in METRICS), (distributed.total(sums).cpu() / count).tolist())
-    )
-    return (
-        scores
-        if config.task == "rg"
-        else scores | planner_scores(model, tokenizer, config, dialogues, strategies)
-    )
+    sums, count = torch.zeros(len(METRICS), device=model.device), 0
+    for members, forest in micro_batches:
+        policy = pair_logps(model, forest)
+        reference = look_up(known, members, model.device)
+        losses, chosen, rejected = dpo_loss(
+            *policy.unbind(1), *reference.unbind(1), config.beta, config.label_smoothing
+        )
+        sums += sum_metrics(losses, chosen, rejected, policy)
+        count += len(members)
+    means = sum_over_ranks(sums).cpu() / sum_over_ranks(torch.tensor(count))
+    scores = {f"valid/{name}": value for name, value in zip(METRICS, means.tolist())}
+    if config.task in ("sp", "vanilla"):
+        scores |= planner_scores(model, tokenizer, config, dialogues, strategies)
+    return scores
 
 
 def main():
     config = cli.parse(DPOConfig)
-    device, folder = distributed.setup(), config.folder / "dpo"
+    device, folder = join(), config.folder / "dpo"
     cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
     config.beta = BETA[config.task] if config.beta is None else config.beta
     source = find_pairs(config)
     strategies = read_strategies(config.strategies)
-    valid = load_splits(config.data, config.split_file, strategies, config.seed)["valid"][
-        : config.eval_dialogues or None
-    ]
+    splits = load_splits(config.data, config.split_file, strategies, config.seed)
+    valid_dialogues = first(splits["valid"], config.eval_dialogues)
     pairs = read_pairs(source / "pairs.jsonl", config.task)
-    valid_pairs = read_pairs(source / "pairs.valid.jsonl", config.task)[: config.eval_pairs or None]
-    model, tokenizer = load(
-        config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0
-    )
+    valid_pairs = first(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
+    empty = world_size() > 1 or config.estimate > 0
+    model, tokenizer = load(config.model, config.torch_dtype, device, empty)
 
     def encode_all(batch: list[Pair]) -> list[Item]:
         return [encode_pair(tokenizer, pair, config.max_length) for pair in batch]
 
     def prepare(batch: list[Pair]):
-        """The whole batch and this rank's micro-batches of it."""
+        """The whole batch, and this rank's trees of it."""
         items = encode_all(batch)
-        return items, distributed.portion(model, items, config.share, config.max_tokens)
+        return items, my_micro_batches(model, items, config.share, config.max_tokens)
 
     if config.show_example:
-        return print(
-            "\n\n".join(
-                mark_loss(tokenizer, sequence) for sequence in encode_all(pairs[:1])[0].sequences
-            )
-        )
+        (shown,) = encode_all(pairs[:1])
+        print("\n\n".join(mark_loss(tokenizer, sequence) for sequence in shown.sequences))
+        return
     sft = Path(config.sft) if config.sft else config.folder / "sft"
-    otherwise = (
-        None
-        if config.sft
-        else f"the reference is the base model; first run train_sft.py --task {config.task}"
-    )
-    cli.use_adapter(model, sft, "sft", otherwise)
+    missing = f"the reference is the base model; first run train_sft.py --task {config.task}"
+    cli.use_adapter(model, sft, "sft", None if config.sft else missing)
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout)
-    if config.plan:
-        return print(plan(model, config, map(encode_all, all_batches(pairs, config)), passes=2))
-    run = start(model, config, pairs, "pairs", folder, device, digest(sft))
-    _, valid_batches = prepare(valid_pairs)
-    known = score_reference(model, valid_batches)
+    if config.estimate:
+        print(estimate(model, config, map(encode_all, all_batches(pairs, config)), passes=2))
+        return
+    run = begin(model, config, pairs, "pairs", folder, device, adapter_digest(sft))
+    _, valid_micro_batches = prepare(valid_pairs)
+    known = score_reference(model, valid_micro_batches)
     if config.epochs > 1:  # pairs that come again are scored once
         for batch in make_batches(pairs, config.batch_size, config.share, config.seed, epoch=0):
             known |= score_reference(model, prepare(batch)[1])
 
     def check() -> None:
-        """A planner is judged by the likelihood of the human strategy, which over-correction harms
-        (docs/tour.md)."""
-        scores = validate(model, tokenizer, config, valid_batches, known, valid, strategies)
-        validated(
-            run, model, config, scores, scores["valid/nll" if config.task == "sp" else "valid/loss"]
+        """Validate, and keep the best. A planner is judged by the likelihood of the human strategy,
+        which over-correction harms (docs/tour.md)."""
+        scores = validate(
+            model, tokenizer, config, valid_micro_batches, known, valid_dialogues, strategies
         )
+        score = scores["valid/nll" if config.task == "sp" else "valid/loss"]
+        keep_best(run, model, config, scores, score)
 
-    if not run.step:
+    if run.step == 0:
         check()
-    for items, batches in ahead(prepare, run.batches[run.step :]):
-        begin_step(run, config)
+    for batch, micro_batches in prepare_ahead(prepare, run.batches[run.step :]):
+        seed_dropout(run, config)
         sums, nodes = 0, 0
-        for members, forest in batches:
-            reference = (
-                look_up(known, members, device)
-                if config.epochs > 1
-                else reference_logps(model, forest)
-            )
+        for members, forest in micro_batches:  # this rank's trees
+            if config.epochs > 1:
+                reference = look_up(known, members, device)
+            else:
+                reference = reference_logps(model, forest)  # (B, 2)
             model.train()
-            policy = sequence_logps(model, forest)
-            same = run.step or torch.equal(policy.nan_to_num(), reference.nan_to_num())
-            assert same, "the policy differs from its reference before the first step"
-            loss, seen = measure(policy, reference, config)
-            # FSDP averages gradients over ranks: this makes it their sum
-            (loss / len(items) * distributed.size()).backward()
-            sums, nodes = sums + seen, nodes + len(forest.ids)
+            policy = pair_logps(model, forest)  # (B, 2): chosen, rejected
+            if run.step == 0:
+                same = torch.equal(policy.nan_to_num(), reference.nan_to_num())
+                assert same, "the policy differs from its reference before the first step"
+            losses, chosen, rejected = dpo_loss(
+                *policy.unbind(1), *reference.unbind(1), config.beta, config.label_smoothing
+            )
+            # FSDP averages gradients over ranks; this makes the average their sum
+            (losses.sum() / len(batch) * world_size()).backward()
+            sums = sums + sum_metrics(losses, chosen, rejected, policy)
+            nodes += len(forest.ids)
             run.bar.update(len(members))
-        cut = sum(item.turns_cut for item in items) / distributed.size()
-        record = dict(zip(METRICS, sums / len(items))) | {"nodes": nodes, "turns_cut": cut}
-        update(run, config, record, f"pairs {items[0].id} … {items[-1].id}")
-        if due(run, config.eval_every) or run.step == len(run.batches):
+        turns_cut = sum(item.turns_cut for item in batch) / world_size()
+        means = dict(zip(METRICS, sums / len(batch)))  # of this rank's pairs, over all pairs
+        record = means | {"nodes": nodes, "turns_cut": turns_cut}
+        clip_and_step(run, config, record, f"pairs {batch[0].id} … {batch[-1].id}")
+        if is_due(run, config.eval_every) or run.step == len(run.batches):
             check()
-        survive(run, config.save_every)
+        save_checkpoint_if_due(run, config.save_every)
     finish(run, model, config)
 
 

@@ -15,37 +15,37 @@ from typing import Literal
 
 import torch
 
-from desc import DescError, cli, distributed
-from desc.agreement import balance, hold_out, read_labels
-from desc.checkpoint import checkpoint_settings
+from desc import DescError, cli
 from desc.encoding import Item, encode_example, mark_loss
-from desc.esconv import Dialogue, load_splits
+from desc.esconv import Dialogue, first, load_splits
+from desc.judging.labels import balance, hold_out, read_labels
 from desc.lora import add_adapter
 from desc.losses import sft_loss
 from desc.modeling import load, sequence_logps
-from desc.plan import plan
 from desc.prompts import TASKS, Example, build_examples
+from desc.storage.checkpoint import checkpoint_settings
 from desc.strategies import Strategies, read_strategies
-from desc.training import (
-    ahead,
-    all_batches,
-    begin_step,
-    due,
+from desc.training.batches import all_batches, my_micro_batches, prepare_ahead
+from desc.training.estimate import estimate
+from desc.training.ranks import join, sum_over_ranks, world_size
+from desc.training.run import (
+    begin,
+    clip_and_step,
     finish,
+    is_due,
+    keep_best,
     planner_scores,
-    start,
-    survive,
-    update,
-    validated,
+    save_checkpoint_if_due,
+    seed_dropout,
 )
 
 
 @dataclass
 class SFTConfig(cli.TrainConfig):
-    lr: float = cli.flag(1e-5, "peak learning rate; a 135M model wants about 5e-4")
-    epochs: int = cli.flag(3, "passes over the training dialogues")
+    lr: float = cli.flag(1e-5, "peak learning rate; a 135M model wants about 5e-4", at_least=0)
+    epochs: int = cli.flag(3, "passes over the training dialogues", at_least=1)
     train_dialogues: int = cli.flag(
-        0, "training dialogues to use, the first of the split; 0 takes all"
+        0, "training dialogues to use, the first of the split; 0 takes all", at_least=0
     )
     task: Literal[(*TASKS, "annotate")] = field(
         kw_only=True, metadata={"help": "planner, generator, both in one model, or annotator"}
@@ -59,31 +59,35 @@ class SFTConfig(cli.TrainConfig):
         0.2,
         "for annotate: the share of labelled dialogues, the last, that are kept for"
         " mine_preferences --agreement",
+        at_least=0,
+        at_most=1,
     )
 
 
 def find_examples(
     config: SFTConfig, splits: dict[str, list[Dialogue]], strategies: Strategies
 ) -> tuple[list[Example], list[Example]]:
-    """To train and to validate on."""
+    """The examples to train on, and those to validate on."""
     if config.task != "annotate":
-        parts = (
-            splits["train"][: config.train_dialogues or None],
-            splits["valid"][: config.eval_dialogues or None],
-        )
-        return tuple(build_examples(config.task, part, strategies) for part in parts)
+        train = first(splits["train"], config.train_dialogues)
+        valid = first(splits["valid"], config.eval_dialogues)
+        return tuple(build_examples(config.task, part, strategies) for part in (train, valid))
     if not config.labels:
         raise DescError("--task annotate learns from labelled turns: give --labels FILE")
-    rest, _ = hold_out(
-        read_labels(config.labels, splits["test"], strategies, config.label_map), config.held_out
-    )
-    train, valid = ([one.example() for one in part] for part in hold_out(balance(rest), 0.1))
+    labelled = read_labels(config.labels, splits["test"], strategies, config.label_map)
+    rest, _ = hold_out(labelled, config.held_out)
+    train, valid = hold_out(balance(rest), 0.1)
     if not train or not valid:
         raise DescError(
             f"{config.labels}: too few dialogues to train and to validate on; label more, or lower"
             " --held-out"
         )
-    return train, valid
+    return [turn.example() for turn in train], [turn.example() for turn in valid]
+
+
+def count_tokens(items: list[Item]) -> int:
+    """Completion tokens, which the loss is divided by."""
+    return sum(len(item.sequences[0].completion) for item in items)
 
 
 @torch.no_grad()
@@ -94,74 +98,66 @@ def validate(
     items: list[Item],
     dialogues: list[Dialogue],
     strategies: Strategies,
-) -> dict:
-    """The loss a token on validation turns; where the module plans, the exact scores of its
-    strategies too."""
+) -> dict[str, float]:
+    """The loss per token on validation turns; if the module plans, its exact scores, too."""
     model.eval()
-    total = torch.zeros((), device=model.device)
-    for _, forest in distributed.portion(model, items, config.share, config.max_tokens):
-        total += sft_loss(
-            sequence_logps(model, forest), sum(len(item.sequences[0].completion) for item in items)
-        )
-    scores = (
-        {}
-        if config.task in ("rg", "annotate")
-        else planner_scores(model, tokenizer, config, dialogues, strategies)
-    )
-    return {"valid/loss": float(distributed.total(total)), **scores}
+    total, tokens = torch.zeros((), device=model.device), count_tokens(items)
+    for _, forest in my_micro_batches(model, items, config.share, config.max_tokens):
+        total += sft_loss(sequence_logps(model, forest), tokens)
+    scores = {"valid/loss": float(sum_over_ranks(total))}
+    if config.task in ("sp", "vanilla"):
+        scores |= planner_scores(model, tokenizer, config, dialogues, strategies)
+    return scores
 
 
 def main():
     config = cli.parse(SFTConfig)
-    device, folder = distributed.setup(), config.folder / "sft"
+    device, folder = join(), config.folder / "sft"
     cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
-    valid = splits["valid"][: config.eval_dialogues or None]
+    valid_dialogues = first(splits["valid"], config.eval_dialogues)
     examples, valid_examples = find_examples(config, splits, strategies)
-    model, tokenizer = load(
-        config.model, config.torch_dtype, device, empty=distributed.size() > 1 or config.plan > 0
-    )
+    empty = world_size() > 1 or config.estimate > 0
+    model, tokenizer = load(config.model, config.torch_dtype, device, empty)
 
     def encode_all(batch: list[Example]) -> list[Item]:
         return [encode_example(tokenizer, example, config.max_length) for example in batch]
 
     def prepare(batch: list[Example]):
-        """The whole batch, which says what to divide by, and this rank's micro-batches of it."""
+        """The whole batch, which says what to divide by, and this rank's trees of it."""
         items = encode_all(batch)
-        return items, distributed.portion(model, items, config.share, config.max_tokens)
+        return items, my_micro_batches(model, items, config.share, config.max_tokens)
 
     if config.show_example:
-        return print(mark_loss(tokenizer, encode_all(examples[:1])[0].sequences[0]))
+        print(mark_loss(tokenizer, encode_all(examples[:1])[0].sequences[0]))
+        return
     torch.manual_seed(config.seed)
     add_adapter(model, "sft", config.rank, config.alpha, config.dropout)
-    if config.plan:
-        return print(plan(model, config, map(encode_all, all_batches(examples, config)), passes=1))
+    if config.estimate:
+        print(estimate(model, config, map(encode_all, all_batches(examples, config)), passes=1))
+        return
     valid_items = encode_all(valid_examples)
-    run = start(model, config, examples, "turns", folder, device)
-    for items, batches in ahead(prepare, run.batches[run.step :]):
-        begin_step(run, config)
+    run = begin(model, config, examples, "turns", folder, device)
+
+    for batch, micro_batches in prepare_ahead(prepare, run.batches[run.step :]):
+        seed_dropout(run, config)
         model.train()
-        # of the whole batch, before any backward
-        tokens = sum(len(item.sequences[0].completion) for item in items)
+        tokens = count_tokens(batch)  # of the whole global batch, before any backward
         total, nodes = 0.0, 0
-        for members, forest in batches:
+        for members, forest in micro_batches:  # this rank's trees
             loss = sft_loss(sequence_logps(model, forest), tokens)
-            # FSDP averages gradients over ranks: this makes it their sum
-            (loss * distributed.size()).backward()
+            # FSDP averages gradients over ranks; this makes the average their sum
+            (loss * world_size()).backward()
             total, nodes = total + loss.detach(), nodes + len(forest.ids)
             run.bar.update(len(members))
-        cut = sum(item.turns_cut for item in items) / distributed.size()
-        update(
-            run,
-            config,
-            {"loss": total, "nodes": nodes, "turns_cut": cut},
-            f"turns {items[0].id} … {items[-1].id}",
-        )
-        if due(run, config.eval_every) or run.step == len(run.batches):
-            scores = validate(model, tokenizer, config, valid_items, valid, strategies)
-            validated(run, model, config, scores, scores["valid/loss"])
-        survive(run, config.save_every)
+        turns_cut = sum(item.turns_cut for item in batch) / world_size()
+        sums = {"loss": total, "nodes": nodes, "turns_cut": turns_cut}
+        clip_and_step(run, config, sums, f"turns {batch[0].id} … {batch[-1].id}")
+        if is_due(run, config.eval_every) or run.step == len(run.batches):
+            scores = validate(model, tokenizer, config, valid_items, valid_dialogues, strategies)
+            keep_best(run, model, config, scores, scores["valid/loss"])
+        save_checkpoint_if_due(run, config.save_every)
     finish(run, model, config)
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from desc import attention, cli, report, zoo
+from desc import attention, cli
 from desc.encoding import Item
 from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
-from desc.modeling import compile_layers
+from desc.storage import zoo
 from desc.strategies import read_strategies
+from desc.training.run import compile_layers
 from desc.tree import pack
 
 SHAPES = {  # random weights, SmolLM2's tokenizer
@@ -38,7 +39,8 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 class Config(cli.TaskConfig):
     dialogues: int = cli.flag(2, "training dialogues whose turns are read, of typical lengths")
     contenders: str = cli.flag(
-        "compiled,dialogue,pair,none,trl", "which to run; compiled is dialogue with --compile"
+        "compiled,dialogue,pair,none,trl" if CUDA else "dialogue,pair,none,trl",
+        "which to run; compiled is dialogue with --compile, on a GPU",
     )
     repeats: int = cli.flag(
         3, "times that ours reads all of it when sharing by dialogue; the median counts"
@@ -296,4 +298,4 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
         f"{config.model}, {config.task}, {count} {unit}s of {config.dialogues} dialogues of"
         f" {config.data}\n{machine(config)}\n"
     )
-    print(report.markdown(lines))
+    print(cli.markdown(lines))

@@ -22,11 +22,11 @@ from pathlib import Path
 from contest import CUDA, DEVICE, machine, now, training_dialogues
 from dpo_step import encode_pairs, loss_of, make_pairs
 
-from desc import cli, report
+from desc import cli
 from desc.esconv import Dialogue
-from desc.files import write_lines
 from desc.lora import add_adapter
 from desc.modeling import load
+from desc.storage.files import write_lines
 from desc.tree import SHARING, pack
 
 SAMPLED = 6  # pairs that stand for a dialogue's where they are read one by one
@@ -163,11 +163,11 @@ def main():
             for text in (f"{costs[share][i][1]:,}", f"{costs[share][i][0]:.1f}")
         ]
         lines.append([str(turns), *cells, f"{costs['none'][i][0] / costs['dialogue'][i][0]:.1f}"])
-    print(report.markdown(lines), flush=True)
+    print(cli.markdown(lines), flush=True)
     steps = [seconds_a_step(config, processes) for processes in config.processes]
     print()
     print(
-        report.markdown(
+        cli.markdown(
             [
                 ["processes", *map(str, config.processes)],
                 ["s a step", *(f"{seconds:.2f}" for seconds in steps)],

@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -66,12 +66,12 @@ def tree_attention(module, query, key, value, attention_mask, scaling, **kwargs)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    return block_attention(query, key, value, attention_mask, scaling), None
+    return BlockAttention.apply(query, key, value, attention_mask, scaling), None
 
 
-class ByAddress:
-    """A tensor as a key: autograd and compiled layers hand on other objects for the same memory,
-    which is not freed while this lives."""
+class SameMemory:
+    """A tensor as a key of a cache: equal if it is the same memory. Autograd hands on other objects
+    for it. The memory is not freed while this lives."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -80,105 +80,68 @@ class ByAddress:
         return self.tensor.data_ptr()
 
     def __eq__(self, other):
-        return (
-            self.tensor.data_ptr() == other.tensor.data_ptr()
-            and self.tensor.shape == other.tensor.shape
-        )
+        one, two = self.tensor, other.tensor
+        return one.data_ptr() == two.data_ptr() and one.shape == two.shape
 
 
 @lru_cache(maxsize=2)  # every layer is given the same mask, or one of two
-def cut(key: ByAddress, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor, Tensor]]:
-    """A bool mask (1, 1, N, N) in blocks of b queries: which they are, the L keys that they meet,
-    and 0 or −∞ (b, L)."""
-    mask, blocks = key.tensor, []
-    for start in range(0, mask.shape[-1], BLOCK):
-        visible = mask[0, 0, start : start + BLOCK]  # (b, N)
-        seen = visible.any(0).nonzero()[:, 0]
-        run = slice(int(seen[0]), int(seen[-1]) + 1)
-        if run.stop - run.start < SPARSE * len(seen):
-            seen = run
-        hidden = torch.zeros(visible[:, seen].shape, dtype=dtype).masked_fill_(
-            ~visible[:, seen], -torch.inf
-        )
-        blocks.append((slice(start, start + len(visible)), seen, hidden))
+def mask_blocks(mask: SameMemory, dtype: torch.dtype) -> list[tuple[slice, slice | Tensor, Tensor]]:
+    """A bool mask (1, 1, N, N) as blocks of b queries: (these queries, the L keys that any of them
+    may see, 0 or −∞ for each of both (b, L))."""
+    visible_keys, blocks = mask.tensor[0, 0], []
+    for start in range(0, len(visible_keys), BLOCK):
+        visible = visible_keys[start : start + BLOCK]  # (b, N)
+        keys = visible.any(0).nonzero()[:, 0]
+        run = slice(int(keys[0]), int(keys[-1]) + 1)
+        if run.stop - run.start < SPARSE * len(keys):
+            keys = run
+        hidden = torch.zeros(visible[:, keys].shape, dtype=dtype)
+        hidden.masked_fill_(~visible[:, keys], -torch.inf)
+        blocks.append((slice(start, start + len(visible)), keys, hidden))
     return blocks
 
 
-# Custom operators: what they do depends on the tree, so torch.compile must neither look inside nor
-# break a layer's graph there.
-@library.custom_op("desc::block_attention", mutates_args=())
-def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
-) -> Tensor:
-    """softmax(scaling · q kᵀ) v, block by block.
+class BlockAttention(torch.autograd.Function):
+    """softmax(scaling · q kᵀ) v, one block of queries after another.
 
-    query (1, H, N, D), key and value (1, G, N, D), bool mask (1, 1, N, N) -> (1, N, H, D)."""
-    output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    for block, seen, hidden in cut(ByAddress(mask), query.dtype):
-        k, v = key[:, :, seen], value[:, :, seen]
-        o = F.scaled_dot_product_attention(
-            query[:, :, block], k, v, hidden, scale=scaling, enable_gqa=True
-        )
-        output[:, block] = o.transpose(1, 2)
-    return output
-
-
-@library.custom_op("desc::block_attention_backward", mutates_args=())
-def block_attention_backward(
-    doutput: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, written out because SDPA's own is slow on the CPU.
-
-    With s = scaling · q kᵀ, w = softmax(s), o = w v:
+    query (1, H, N, D), key and value (1, G, N, D), bool mask (1, 1, N, N) -> (1, N, H, D). Forward
+    is SDPA on each block. SDPA's backward is slow on the CPU, so ours is written out. It computes
+    the weights w again instead of keeping them. With s = scaling · q kᵀ, w = softmax(s), o = w v:
 
         dv = wᵀ do,  dw = do vᵀ,  ds = w (dw − Σ w dw),  dq = scaling · ds k,  dk = scaling · dsᵀ q
     """
-    (_, heads, nodes, width), groups = query.shape, key.shape[1]
-    # G groups of H/G heads that share a key
-    query = (query[0] * scaling).view(groups, heads // groups, nodes, width)
-    doutput = doutput[0].transpose(0, 1).view(groups, heads // groups, nodes, width)
-    dquery = query.new_empty(query.shape)
-    dkey, dvalue = (x.new_zeros(x.shape[1:], dtype=torch.float32) for x in (key, value))
-    for block, seen, hidden in cut(ByAddress(mask), query.dtype):
-        q, do, k, v = (
-            query[:, :, block].flatten(1, 2),
-            doutput[:, :, block].flatten(1, 2),
-            key[0][:, seen],
-            value[0][:, seen],
-        )
-        scores = torch.bmm(q, k.mT).unflatten(1, (-1, len(hidden)))  # (G, H/G, b, L)
-        w = scores.add_(hidden).softmax(-1).flatten(1, 2)
-        dvalue[:, seen] += torch.bmm(w.mT, do)
-        ds = torch._softmax_backward_data(torch.bmm(do, v.mT), w, -1, w.dtype)
-        dquery[:, :, block] = torch.bmm(ds, k).unflatten(1, (-1, len(hidden)))
-        dkey[:, seen] += torch.bmm(ds.mT, q)
-    return (
-        (dquery * scaling).flatten(0, 1)[None],
-        dkey.to(key.dtype)[None],
-        dvalue.to(value.dtype)[None],
-    )
 
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scaling):
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scaling = scaling
+        output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        for queries, keys, hidden in mask_blocks(SameMemory(mask), query.dtype):
+            q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+            o = F.scaled_dot_product_attention(q, k, v, hidden, scale=scaling, enable_gqa=True)
+            output[:, queries] = o.transpose(1, 2)
+        return output
 
-@block_attention.register_fake
-def _(query, key, value, mask, scaling):
-    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-
-
-@block_attention_backward.register_fake
-def _(doutput, query, key, value, mask, scaling):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
-
-
-def _keep(ctx, inputs, output):
-    *tensors, ctx.scaling = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, doutput):
-    return *block_attention_backward(doutput, *ctx.saved_tensors, ctx.scaling), None, None
-
-
-block_attention.register_autograd(_backward, setup_context=_keep)
+    @staticmethod
+    def backward(ctx, doutput):
+        query, key, value, mask = ctx.saved_tensors
+        (_, heads, nodes, width), groups = query.shape, key.shape[1]
+        # G groups of H/G heads that share a key
+        query = (query[0] * ctx.scaling).view(groups, heads // groups, nodes, width)
+        doutput = doutput[0].transpose(0, 1).view(groups, heads // groups, nodes, width)
+        dquery = query.new_empty(query.shape)
+        dkey, dvalue = (x.new_zeros(x.shape[1:], dtype=torch.float32) for x in (key, value))
+        for queries, keys, hidden in mask_blocks(SameMemory(mask), query.dtype):
+            q, do = query[:, :, queries].flatten(1, 2), doutput[:, :, queries].flatten(1, 2)
+            k, v = key[0][:, keys], value[0][:, keys]  # (G, L, D)
+            scores = torch.bmm(q, k.mT).unflatten(1, (-1, len(hidden)))  # (G, H/G, b, L)
+            w = scores.add_(hidden).softmax(-1).flatten(1, 2)  # (G, H/G · b, L)
+            dvalue[:, keys] += torch.bmm(w.mT, do)
+            ds = torch._softmax_backward_data(torch.bmm(do, v.mT), w, -1, w.dtype)
+            dquery[:, :, queries] = torch.bmm(ds, k).unflatten(1, (-1, len(hidden)))
+            dkey[:, keys] += torch.bmm(ds.mT, q)
+        dquery = (dquery * ctx.scaling).flatten(0, 1)[None]
+        return dquery, dkey.to(key.dtype)[None], dvalue.to(value.dtype)[None], None, None
 
 
 def register() -> str:

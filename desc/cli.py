@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -16,17 +16,19 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from desc import DescError, __version__, distributed
-from desc.files import write_json
-from desc.lora import CONFIG, load_adapter, save_adapter
+from desc import DescError, __version__
+from desc.lora import load_adapter
 from desc.modeling import native_dtype
 from desc.prompts import TASKS
+from desc.storage.adapters import has_adapter
+from desc.storage.files import write_json
+from desc.training import ranks
 from desc.tree import SHARING
 
 
-def flag(default, text: str):
-    """A field of a configuration: its default and what it does."""
-    return field(default=default, metadata={"help": text})
+def flag(default, text: str, at_least: float = -math.inf, at_most: float = math.inf):
+    """A field of a configuration: its default, what it does, and the range of a number."""
+    return field(default=default, metadata={"help": text, "range": (at_least, at_most)})
 
 
 @dataclass
@@ -37,7 +39,10 @@ class Config:
     strategies: str | None = flag(None, "a text file with another taxonomy, one strategy a line")
     out: str = flag("out", "the folder under which every artefact lies")
     seed: int = flag(
-        0, "seeds the split, the adapters' start, the order of batches and all sampling"
+        0,
+        "seeds the split, the adapters' start, the order of batches and all sampling",
+        at_least=0,
+        at_most=2**32 - 1,
     )
     dtype: Literal["auto", "bfloat16", "float32"] = flag(
         "auto",
@@ -45,7 +50,9 @@ class Config:
         " float32; adapters are float32",
     )
     max_length: int = flag(
-        2048, "tokens of prompt and completion; a longer dialogue loses its oldest exchanges"
+        2048,
+        "tokens of prompt and completion; a longer dialogue loses its oldest exchanges",
+        at_least=1,
     )
 
     @property
@@ -64,12 +71,13 @@ class DataConfig(Config):
         None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1"
     )
     eval_dialogues: int = flag(
-        0, "held-out dialogues to use, the first of their split; 0 takes all"
+        0, "held-out dialogues to use, the first of their split; 0 takes all", at_least=0
     )
     max_tokens: int = flag(
         1024,
         "tree nodes in one forward pass, or twice the longest sequence where that is more; less"
         " needs less memory",
+        at_least=1,
     )
 
 
@@ -78,11 +86,14 @@ class SampleConfig(Config):
     """Flags of the scripts that let a model answer. The defaults are the paper's, but for the
     length, which it leaves open."""
 
-    temperature: float = flag(0.7, "of sampling; 0 takes the most likely")
+    temperature: float = flag(0.7, "of sampling; 0 takes the most likely", at_least=0)
     top_p: float = flag(
-        0.95, "of sampling: only the likeliest tokens, or strategies, that hold this mass"
+        0.95,
+        "of sampling: only the likeliest tokens, or strategies, that hold this mass",
+        at_least=1e-6,
+        at_most=1,
     )
-    max_new_tokens: int = flag(128, "the longest reply")
+    max_new_tokens: int = flag(128, "the longest reply", at_least=1)
 
 
 @dataclass
@@ -99,12 +110,13 @@ class AskConfig(DataConfig):
     endpoint_model: str = flag(
         "", "the model's name there; {task} in it stands for sp, rg, vanilla, annotate or judge"
     )
-    concurrency: int = flag(8, "calls to the endpoint at a time")
-    timeout: float = flag(120, "seconds to wait for an answer of the endpoint")
+    concurrency: int = flag(8, "calls to the endpoint at a time", at_least=1)
+    timeout: float = flag(120, "seconds to wait for an answer of the endpoint", at_least=1)
     max_calls: int = flag(
         0,
         "calls to the endpoint that this run may make on all ranks, retries counted; 0 sets no"
         " limit",
+        at_least=0,
     )
 
 
@@ -129,24 +141,30 @@ class TrainConfig(TaskConfig):
         32,
         "examples (SFT) or pairs (DPO) in a step; with --share dialogue whole dialogues, as near to"
         " it as they come",
+        at_least=1,
     )
     share: Literal[SHARING] = flag(
         "dialogue", "which equal prefixes are read once; the loss of given examples is the same"
     )
-    rank: int = flag(16, "LoRA's r")
+    rank: int = flag(16, "LoRA's r", at_least=1)
     alpha: float = flag(16, "LoRA's alpha; the update is scaled by alpha / rank")
-    dropout: float = flag(0.05, "on the input of the adapters that are trained")
+    dropout: float = flag(
+        0.05, "on the input of the adapters that are trained", at_least=0, at_most=0.99
+    )
     warmup: float = flag(
         0.1,
         "share of the steps in which the rate rises; afterwards it falls to zero along a cosine",
+        at_least=0,
+        at_most=1,
     )
     weight_decay: float = flag(0.0, "AdamW's, on the adapters")
     max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it")
-    eval_every: int = flag(50, "steps between scores on validation dialogues")
+    eval_every: int = flag(50, "steps between scores on validation dialogues", at_least=0)
     save_every: int = flag(
         50,
         "steps between checkpoints; a run that was killed goes on from the last when it is started"
         " again",
+        at_least=0,
     )
     recompute: bool = flag(
         False,
@@ -158,13 +176,13 @@ class TrainConfig(TaskConfig):
     )
     compile: bool = flag(
         False,
-        "compile the layers: a little faster after one to two minutes, so for long runs; a CPU"
-        " needs g++",
+        "on a GPU: let PyTorch fuse the layers' element-wise work; the first steps take minutes",
     )
-    plan: int = flag(
+    estimate: int = flag(
         0,
         "print what the run costs on that many ranks (bytes a rank, steps, tokens) without loading"
         " weights, and stop",
+        at_least=0,
     )
     show_example: bool = flag(
         False, "print the first example, what carries loss between » and «, and stop"
@@ -175,55 +193,35 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the description as it is."""
 
 
-POSITIVE = (
-    "batch_size epochs rank max_length max_tokens max_new_tokens samples seeds concurrency timeout"
-)
-COUNTS = (
-    "train_dialogues eval_dialogues eval_pairs eval_every save_every plan show max_calls review"
-)
-RANGES = dict.fromkeys(POSITIVE.split(), (1, math.inf)) | dict.fromkeys(
-    [*COUNTS.split(), "lr", "temperature"], (0, math.inf)
-)
-RANGES |= dict.fromkeys(["warmup", "min_confidence", "held_out"], (0, 1)) | {
-    "dropout": (0, 0.99),
-    "label_smoothing": (0, 0.5),
-}
-RANGES |= {"reply_dialogues": (-1, math.inf), "seed": (0, 2**32 - 1), "top_p": (1e-6, 1)}
+class Parser(HfArgumentParser):
+    """Makes flags of a dataclass's fields; their ranges are checked after parsing."""
+
+    def add_argument(self, *names, range=None, **settings):  # noqa: A002
+        return super().add_argument(*names, **settings)
 
 
 def parse(kind):
     """A configuration from the command line. An unknown flag ends the program with a usage message.
 
-    Raises DescError where a number is out of range."""
-    parser = HfArgumentParser(
-        kind, description=sys.modules["__main__"].__doc__, formatter_class=HelpFormatter
-    )
+    Raises DescError if a number is out of its flag's range."""
+    description = sys.modules["__main__"].__doc__
+    parser = Parser(kind, description=description, formatter_class=HelpFormatter)
     config = kind(**vars(parser.parse_args()))
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(config, name, low) <= high:
+    for flagged in fields(config):
+        low, high = flagged.metadata.get("range", (-math.inf, math.inf))
+        value = getattr(config, flagged.name)
+        if isinstance(value, (int, float)) and not low <= value <= high:
             allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise DescError(
-                f"--{name.replace('_', '-')} {getattr(config, name)}: should be {allowed}"
-            )
+            raise DescError(f"--{flagged.name.replace('_', '-')} {value}: should be {allowed}")
     return config
 
 
-def telling(config, *silent: str) -> dict:
-    """The flags that change what a model says of a dialogue: all but those that never do, and
-    `silent`."""
-    silent += (
-        "data",
-        "split_file",
-        "strategies",
-        "out",
-        "max_tokens",
-        "eval_dialogues",
-        "endpoint",
-        "concurrency",
-        "timeout",
-        "max_calls",
-    )
-    return {name: value for name, value in asdict(config).items() if name not in silent}
+def answer_settings(config, *irrelevant: str) -> dict:
+    """The flags that change what a model says of a dialogue: all but those that never do, and those
+    that are `irrelevant` to this script's answers."""
+    never = {"data", "split_file", "strategies", "out", "max_tokens", "eval_dialogues"}
+    never |= {"endpoint", "concurrency", "timeout", "max_calls", *irrelevant}
+    return {name: value for name, value in asdict(config).items() if name not in never}
 
 
 def choose_dtype(config: Config, device: torch.device, begun: dict | None = None) -> None:
@@ -235,7 +233,7 @@ def choose_dtype(config: Config, device: torch.device, begun: dict | None = None
     if config.dtype == "auto":
         native = str(native_dtype(device)).removeprefix("torch.")
         chosen = (begun or {}).get("dtype", native)
-        config.dtype = distributed.collect([chosen])[0][0]  # all ranks follow the first
+        config.dtype = ranks.gather_objects(chosen)[0]  # all ranks follow the first
         if config.dtype != native:
             why = ", as this run was begun"
         elif native == "float32":
@@ -255,7 +253,7 @@ def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 30,
         miniters=0,  # else update(0) would print nothing
-        disable=distributed.rank() > 0,
+        disable=ranks.rank() > 0,
     )
     read = 0
 
@@ -271,11 +269,11 @@ def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
 
 
 def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) -> bool:
-    """Attach the adapter in `folder`, frozen; whether there is one. Says so, or what happens
-    `otherwise`.
+    """Attach the adapter in `folder`, frozen. Returns whether there is one. Prints so, or what
+    happens `otherwise`.
 
-    Raises DescError where there is none and `otherwise` is None."""
-    if (folder / CONFIG).exists():
+    Raises DescError if there is none and `otherwise` is None."""
+    if has_adapter(folder):
         print(f"uses the adapter {folder}")
         load_adapter(model, folder, name)
         return True
@@ -286,27 +284,24 @@ def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) ->
 
 
 def save_config(config, folder: Path) -> None:
-    if not distributed.rank():
-        write_json(
-            folder / "config.json",
-            {"desc": __version__, "torch": torch.__version__, **asdict(config)},
-        )
+    """config.json: the flags and versions that made what lies in `folder`."""
+    versions = {"desc": __version__, "torch": torch.__version__}
+    write_json(folder / "config.json", versions | asdict(config))
 
 
-def save_artefact(model, config, folder: Path) -> None:
-    """The model's adapters as one, with the configuration that made it. Every rank must call this;
-    the first writes."""
-    save_adapter(model, folder)
-    save_config(config, folder)
+def markdown(lines: list[list[str]]) -> str:
+    """A table in Markdown: its first line is the head."""
+    head, *body = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
 
 def fail(problem: str) -> None:
     """One line and an exit status of 1, upon which torchrun ends the other ranks. A mistake that
     all make is told by the first."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if distributed.rank():
+    if ranks.rank():
         time.sleep(2)
-        problem = f"rank {distributed.rank()}: {problem}"
+        problem = f"rank {ranks.rank()}: {problem}"
     print(f"error: {problem}", file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(1)  # at once: an orderly end would wait for ranks that wait for this one
@@ -330,6 +325,6 @@ def run(main) -> None:
         sys.stdout.flush()
         os._exit(130)  # at once: an orderly end would wait for calls to an endpoint
     except Exception:
-        if distributed.size() == 1:
+        if ranks.world_size() == 1:
             raise
         fail(traceback.format_exc())

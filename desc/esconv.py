@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from desc import DescError
-from desc.files import read_records
+from desc.storage.files import read_records
 from desc.strategies import ESCONV, Strategies
 
 SPLITS = ("train", "valid", "test")
@@ -37,9 +37,17 @@ class Dialogue:
     def supporter(self, turn: int) -> Turn:
         return self.turns[2 * turn + 1]
 
+    def supporter_turns(self) -> tuple[Turn, ...]:
+        return self.turns[1::2]
+
     def history(self, turn: int) -> tuple[Turn, ...]:
         """What supporter turn `turn` answers; the seeker's words are its last."""
         return self.turns[: 2 * turn + 1]
+
+
+def first(dialogues: list, count: int) -> list:
+    """The first `count` of some dialogues or pairs; 0 takes all."""
+    return dialogues[:count] if count else dialogues
 
 
 def alternate(utterances: list[Turn]) -> tuple[Turn, ...]:

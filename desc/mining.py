@@ -7,17 +7,41 @@ they make (`route`) is a pure function of them, so another routing of the same a
 nothing."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from desc import DescError
 from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
-from desc.files import read_lines
-from desc.judging import MISMATCH, OF_REPLIES, UNREADABLE, Annotator, Case, Judgement
 from desc.prompts import Messages, build_completion, build_messages
+from desc.storage.files import read_lines
 from desc.strategies import Strategies
+
+MISMATCH = "strategy mismatch"
+# what makes a pair for the generator
+OF_REPLIES = ("lack of empathy", "early emotion shift", "template response")
+LABELS = (MISMATCH, *OF_REPLIES, "emotion misread", "none")
+UNREADABLE = "unreadable"  # what an endpoint wrote was no judgement
+
+
+@dataclass(frozen=True)
+class Case:
+    """A supporter turn to judge, after `history`, whose last turn is the seeker's."""
+
+    history: tuple[Turn, ...]
+    strategy: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    error: str  # one of LABELS, or UNREADABLE
+    confidence: float  # 0 … 1: the label's share of probability; an endpoint's own word for it
+    explanation: str = ""
+
+
+Annotator = Callable[[list[Case]], list[Judgement]]  # of one dialogue's cases
 
 ROUTINGS = ("released", "paper", "all-to-rg")
 # which errors make a pair for which task

@@ -1,23 +1,18 @@
 """Loading a model and its tokenizer, and the one forward pass that all losses and scores use."""
 
-import os
-import shutil
 from collections.abc import Callable
 from functools import lru_cache, partial
 from inspect import signature
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from desc import DescError, attention, distributed, zoo
+from desc import DescError, attention
 from desc.encoding import end_of_turn
+from desc.storage import zoo
 from desc.tree import Forest, dense_mask
 
 
@@ -57,7 +52,7 @@ def load(
     the Hub is run.
 
     dtype None means native_dtype(device). `empty` leaves the weights on the meta device, for
-    `distributed.shard` and `read_weights` to come, or to plan with. Raises DescError if it cannot
+    `sharding.shard` and `read_weights` to come, or to plan with. Raises DescError if it cannot
     be had, has no chat template, or has layers that a prefix tree cannot run."""
     folder, dtype = zoo.locate(name), dtype or native_dtype(device)
     try:
@@ -102,74 +97,6 @@ def _without_values(module, name: str, parameter: nn.Parameter) -> nn.Parameter 
     as ever."""
     if not parameter.is_meta:  # a tied weight is on meta already, and must stay one with its twin
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-
-
-def read_weights(model) -> None:
-    """Give a sharded, empty model its values: each rank reads its own rows of each weight from the
-    model's safetensors files.
-
-    Raises DescError where a weight is not in them."""
-    folder = Path(model.name_or_path)
-    if not folder.exists():
-        folder = Path(snapshot_download(model.name_or_path, allow_patterns="model*.safetensors"))
-    empty = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
-    values = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in empty.keys() & file.keys():
-                p = empty[name]
-                local = (
-                    file.get_slice(name)[distributed.rows(p)]
-                    .to(p.dtype)
-                    .to(p.device_mesh.device_type)
-                )
-                whole = DTensor.from_local(
-                    local,
-                    p.device_mesh,
-                    p.placements,
-                    run_check=False,
-                    shape=p.shape,
-                    stride=p.stride(),
-                )
-                values[id(p)] = nn.Parameter(whole, requires_grad=False)
-    # both names of a tied weight
-    read = {name: values[id(p)] for name, p in empty.items() if id(p) in values}
-    model.load_state_dict(read, strict=False, assign=True)
-    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise DescError(
-            f"{folder}: its safetensors files lack {', '.join(missing[:3])} …; only one process can"
-            " run this model"
-        )
-
-
-def compile_layers(model) -> None:
-    """Let TorchInductor fuse the element-wise work of the decoder's layers: up to a tenth faster on
-    a CPU, after a minute or two.
-
-    Rounding between fused operations stays as it is without, so that a policy equals its reference
-    to the bit there too. Raises DescError where a CPU has no C++ compiler."""
-    if model.device.type == "cpu" and not any(
-        map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))
-    ):
-        raise DescError(
-            "--compile needs a C++ compiler on a CPU: install g++, or leave the flag out"
-        )
-    for layer in model.get_submodule("model.layers"):
-        # its forward alone: the hooks by which FSDP gathers weights stay outside
-        layer.forward = torch.compile(
-            layer.forward, dynamic=True, options={"emulate_precision_casts": True}
-        )
-
-
-def recompute_activations(model) -> None:
-    """Activation checkpointing: in training mode a layer keeps its input alone and runs again in
-    the backward pass."""
-    # the older name
-    enable = (
-        getattr(model, "activation_checkpointing_enable", None)
-        or model.gradient_checkpointing_enable
-    )
-    enable({"use_reentrant": False})
 
 
 @lru_cache(maxsize=2)  # reference and policy read the same forest

@@ -4,26 +4,40 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 from transformers import DynamicCache
 
-from desc import distributed
 from desc.encoding import Item, Sequence, encode
-from desc.endpoint import Endpoint
 from desc.esconv import Dialogue
 from desc.lora import adapter_only
 from desc.modeling import forward, sequence_logps, tree_mask
 from desc.prompts import build_messages
 from desc.strategies import ESCONV, Strategies
-from desc.tree import grow, sees
+from desc.tree import Forest, grow, pack, sees
 
 
 def seeded(*parts) -> torch.Generator:
     """A generator whose seed depends on all of `parts`, so that work done in any order, or resumed,
     draws the same."""
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
+
+
+def strategy_items(
+    tokenizer, task: str, dialogues: list[Dialogue], strategies: Strategies, max_length: int
+) -> list[Item]:
+    """Every supporter turn with all K strategies as its completions, on the human history.
+
+    `sp` is scored on "name" and its end of turn, `vanilla` on the tag "[name]" that opens its
+    completion."""
+    texts = [f"[{name}]" if task == "vanilla" else name for name in strategies]
+    items, end = [], task == "sp"
+    for dialogue in dialogues:
+        for turn in range(len(dialogue)):
+            messages = build_messages(task, dialogue, turn, strategies=strategies)
+            name = f"{dialogue.id}/{turn}"
+            items.append(encode(tokenizer, name, dialogue.id, messages, texts, max_length, end))
+    return items
 
 
 def score_strategies(
@@ -35,28 +49,12 @@ def score_strategies(
     max_length: int = 2048,
     max_tokens: int = 2048,
 ) -> torch.Tensor:
-    """log p(strategy | context) of every strategy at every supporter turn, human history: (T, K)
-    fp32, rows sum to 1 in probability.
+    """log p(strategy | context) of every strategy at every supporter turn: (T, K) fp32, whose rows
+    sum to 1 in probability.
 
-    The K names are K branches at each turn of a dialogue's tree. `sp` scores "name" with its end of
-    turn; `vanilla` scores the tag "[name]" that opens its completion. Probability on anything but a
-    name is left out by normalising."""
-    texts = [f"[{name}]" if task == "vanilla" else name for name in strategies]
-    items = []
-    for dialogue in dialogues:
-        for turn in range(len(dialogue)):
-            messages = build_messages(task, dialogue, turn, strategies=strategies)
-            items.append(
-                encode(
-                    tokenizer,
-                    f"{dialogue.id}/{turn}",
-                    dialogue.id,
-                    messages,
-                    texts,
-                    max_length,
-                    end=task == "sp",
-                )
-            )
+    The K names are K branches at each turn of a dialogue's tree, so one pass gives them all.
+    Probability on anything but a name is left out by normalising."""
+    items = strategy_items(tokenizer, task, dialogues, strategies, max_length)
     return score(model, items, max_tokens)
 
 
@@ -64,17 +62,20 @@ def score_strategies(
 def score(model, items: list[Item], max_tokens: int) -> torch.Tensor:
     """log p(completion | prompt), normalised over each item's K completions: (len(items), K) fp32.
     Items are told apart by id."""
-    scored = []
-    for members, forest in distributed.portion(model, items, "dialogue", max_tokens):
-        logps = (
-            sequence_logps(model, forest)
-            .view(len(members), len(items[0].sequences))
-            .log_softmax(-1)
-            .cpu()
-        )
-        scored += zip((item.id for item in members), logps)
-    rows = dict(chain(*distributed.collect(scored))) if distributed.sharded(model) else dict(scored)
-    return torch.stack([rows[item.id] for item in items])
+    scored: dict[str, torch.Tensor] = {}
+    for members, forest in pack(items, "dialogue", max_tokens):
+        scored |= branch_logps(model, members, forest)
+    return torch.stack([scored[item.id] for item in items])
+
+
+def branch_logps(model, members: list[Item], forest: Forest) -> dict[str, torch.Tensor]:
+    """log p(completion | prompt), normalised over each item's K completions: (K,) fp32 on the CPU,
+    by the item's id. `forest` holds the sequences of `members`, which may be none."""
+    logps = sequence_logps(model, forest).cpu()
+    if not members:
+        return {}
+    logps = logps.view(len(members), -1).log_softmax(-1)  # (items, K)
+    return {item.id: row for item, row in zip(members, logps)}
 
 
 def temper(logps: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
@@ -232,41 +233,3 @@ class LocalSampler:
     def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str, str]]:
         planned = self.plan(dialogue, turns, "vanilla")
         return list(zip(planned, self.write(dialogue, list(zip(turns, planned)), "vanilla")))
-
-
-@dataclass(frozen=True)
-class EndpointSampler:
-    """Answers with models behind an endpoint, which decode freely: what they write may name no
-    strategy."""
-
-    endpoint: Endpoint
-    config: object  # a desc.cli.SampleConfig
-    strategies: Strategies
-
-    def ask(
-        self, task: str, dialogue: Dialogue, planned: Iterable[tuple[int, str | None]]
-    ) -> list[str]:
-        asked = [
-            build_messages(task, dialogue, turn, strategy, self.strategies)
-            for turn, strategy in planned
-        ]
-        config = self.config
-        settings = {
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "max_tokens": config.max_new_tokens,
-        }
-        seed = seeded(config.seed, task, dialogue.id).initial_seed()
-        return [text.strip() for text in self.endpoint.ask_all(asked, task, seed, **settings)]
-
-    def plan(self, dialogue: Dialogue, turns: list[int]) -> list[str]:
-        return self.ask("sp", dialogue, [(turn, None) for turn in turns])
-
-    def write(self, dialogue: Dialogue, planned: list[tuple[int, str]]) -> list[str]:
-        return self.ask("rg", dialogue, planned)
-
-    def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str | None, str]]:
-        return [
-            self.strategies.split_tag(text)
-            for text in self.ask("vanilla", dialogue, [(turn, None) for turn in turns])
-        ]

@@ -5,7 +5,7 @@ import re
 from difflib import get_close_matches
 
 from desc import DescError
-from desc.files import read_text
+from desc.storage.files import read_text
 
 
 class Strategies(tuple[str, ...]):

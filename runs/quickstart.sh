@@ -30,4 +30,4 @@ desc evaluate.py --out $out --reply-dialogues 1 --max-new-tokens 24 --seeds 3 \
     --show 3 --report $out/report.html
 echo
 echo "done in $((SECONDS - begin)) s: look at $out/report.html, and talk with the modules:"
-echo "    ${VENV:-.venv}/bin/python chat.py --out $out"
+echo "    ${VENV:-.venv}/bin/python -m desc.chat --out $out"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from desc import endpoint
 from desc.esconv import load_dialogues
+from desc.judging import endpoint
 from desc.modeling import load
 
 LONGEST = (

@@ -15,7 +15,8 @@ def command(script, *flags, ranks=1) -> list[str]:
         if ranks > 1
         else []
     )
-    return [sys.executable, *torchrun, str(ROOT / script), *map(str, flags)]
+    program = [str(ROOT / script)] if str(script).endswith(".py") else ["-m", script]
+    return [sys.executable, *torchrun, *program, *map(str, flags)]
 
 
 def run(script, *flags, cwd=ROOT, fails=False, ranks=1, stdin=None):

@@ -9,21 +9,19 @@ import numpy as np
 import pytest
 
 from desc import DescError
-from desc.agreement import (
+from desc.esconv import Dialogue, Turn
+from desc.judging.agreement import (
     compare,
     correlate,
-    find_turns,
-    hold_out,
-    read_labels,
     read_review,
-    spare,
+    refuse_labelled,
     write_ratings,
     write_review,
 )
-from desc.esconv import Dialogue, Turn
-from desc.judging import LABELS, RUBRICS, Judgement
-from desc.metrics import kappa_of_confusion
-from desc.mining import Answer
+from desc.judging.judge import RUBRICS
+from desc.judging.labels import find_turns, hold_out, read_labels
+from desc.judging.statistics import kappa_of_confusion
+from desc.mining import LABELS, Answer, Judgement
 from desc.strategies import ESCONV
 
 
@@ -240,15 +238,15 @@ def test_ratings_that_cannot_be_correlated_are_told(tmp_path, text, says):
 
 
 def test_what_people_wrote_is_not_overwritten(tmp_path):
-    spare(tmp_path / "none.csv")
+    refuse_labelled(tmp_path / "none.csv")
     for head in ("number,label", "empathy judge,empathy human", "empathy judge;empathy human"):
         (tmp_path / "r.csv").write_text(
             f"{head}\n1,\n".replace("1,", "1;" if ";" in head else "1,")
         )
-        spare(tmp_path / "r.csv")
+        refuse_labelled(tmp_path / "r.csv")
         (tmp_path / "r.csv").write_text((tmp_path / "r.csv").read_text().rstrip() + "2\n")
         with pytest.raises(DescError, match="move it away first"):
-            spare(tmp_path / "r.csv")
+            refuse_labelled(tmp_path / "r.csv")
 
 
 def test_a_review_saved_with_semicolons_is_read(tmp_path):

@@ -3,23 +3,20 @@
 import re
 import signal
 import subprocess
-import sys
 import time
 from copy import deepcopy
 
 import pytest
 import torch
-from scripts import ROOT, command, run
+from scripts import command, run
 
+from desc.chat import conversation as chat
+from desc.chat.safety import CRISIS, OPENING, in_danger
 from desc.cli import SampleConfig
 from desc.esconv import Dialogue, Turn, load_dialogues
 from desc.lora import adapter_only, add_adapter, lora_layers, save_adapter
-from desc.safety import CRISIS, OPENING, in_danger
 from desc.sampling import grow_branches, score_strategies, stream_text
 from desc.strategies import ESCONV, Strategies
-
-sys.path.append(str(ROOT))
-import chat  # noqa: E402
 
 BAR = r"^  (.+?) +█* +(\d+\.\d)%(?:  ← (\w+))?$"
 
@@ -65,7 +62,7 @@ def test_a_piped_conversation(out, tmp_path):
         "/frobnicate", "/help", "word " * 30000,
     ]  # fmt: skip
     told = run(
-        "chat.py", "--model", "toy", "--out", out, "--max-new-tokens", 12, stdin="\n".join(said)
+        "desc.chat", "--model", "toy", "--out", out, "--max-new-tokens", 12, stdin="\n".join(said)
     )
     assert (
         told.startswith(OPENING)
@@ -116,7 +113,7 @@ def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monk
     def heed():  # a shell's background jobs ignore it, and so would theirs
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    talk = subprocess.Popen(command("chat.py", *flags), preexec_fn=heed, **pipes)
+    talk = subprocess.Popen(command("desc.chat", *flags), preexec_fn=heed, **pipes)
 
     def read_until(text):
         told = ""

@@ -14,8 +14,8 @@ import torch
 from scripts import command, lines, run
 
 from desc import DescError
-from desc.checkpoint import read_checkpoint, write_checkpoint
-from desc.files import write_bytes
+from desc.storage.checkpoint import read_checkpoint, write_checkpoint
+from desc.storage.files import write_bytes
 
 SETTINGS = {"lr": 0.1, "seed": 0}
 

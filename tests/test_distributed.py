@@ -109,11 +109,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "ranks, more",
-    [
-        (2, ()),
-        pytest.param(3, (), marks=SLOW),
-        pytest.param(2, ("--compile", "--recompute"), marks=SLOW),
-    ],
+    [(2, ()), pytest.param(3, (), marks=SLOW), pytest.param(2, ("--recompute",), marks=SLOW)],
 )
 def test_ranks_do_what_one_process_does(single, tmp_path, ranks, more):
     """Batches of one or two dialogues, the last one smaller: some rank often has nothing to do,
@@ -141,12 +137,13 @@ def test_ranks_do_what_one_process_does(single, tmp_path, ranks, more):
 def test_an_error_on_one_rank_ends_all(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "from desc import DescError, cli, distributed\n"
+        "from desc import DescError, cli\n"
+        "from desc.training import ranks\n"
         "def main():\n"
-        "    distributed.setup()\n"
-        "    if distributed.rank() == 1:\n"
+        "    ranks.join()\n"
+        "    if ranks.rank() == 1:\n"
         "        raise DescError('the second has no disk')\n"
-        "    distributed.barrier()\n"
+        "    ranks.wait_for_all()\n"
         "cli.run(main)\n"
     )
     assert "error: rank 1: the second has no disk" in run(program, ranks=2, fails=True, cwd=ROOT)

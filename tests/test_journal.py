@@ -6,9 +6,9 @@ import pytest
 from scripts import lines
 
 from desc import DescError
-from desc.journal import Journal, key
+from desc.storage.journal import Journal, work_key
 
-A, B, C = ({"key": key(name), "said": name} for name in "ABC")
+A, B, C = ({"key": work_key(name), "said": name} for name in "ABC")
 SETTINGS = {"temperature": 0.7, "seed": None}
 
 
@@ -44,4 +44,8 @@ def test_other_settings_are_refused_half_way_and_begin_anew_at_the_end(tmp_path,
 
 
 def test_a_key_tells_pieces_of_work_apart():
-    assert key("a", "bc") != key("ab", "c") and key("a", 1) == key("a", "1") and len(key("a")) == 16
+    assert (
+        work_key("a", "bc") != work_key("ab", "c")
+        and work_key("a", 1) == work_key("a", "1")
+        and len(work_key("a")) == 16
+    )

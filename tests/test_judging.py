@@ -10,26 +10,19 @@ import torch.nn.functional as F
 
 from desc import DescError, cli
 from desc.encoding import encode, encode_prompt
-from desc.endpoint import Endpoint
 from desc.esconv import Dialogue, Turn
-from desc.judging import (
+from desc.judging.annotator import (
     BY_JSON,
-    LABELS,
-    RUBRICS,
-    UNREADABLE,
-    Case,
-    Judgement,
-    contest,
     endpoint_annotator,
     guide,
     judging_messages,
     local_annotator,
-    make_judge,
-    rate,
     read_judgement,
-    rubric_messages,
 )
+from desc.judging.endpoint import Endpoint
+from desc.judging.judge import RUBRICS, contest, make_judge, rate, rubric_messages
 from desc.lora import add_adapter, lora_layers
+from desc.mining import LABELS, UNREADABLE, Case, Judgement
 
 CASE = Case((Turn("seeker", "I lost my job."),), "Question", "What was it?")
 HOSTILE = [

@@ -28,9 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from desc import DescError
 from desc.lora import (
-    CONFIG,
     TARGETS,
-    WEIGHTS,
     LoRALinear,
     adapter_off,
     add_adapter,
@@ -39,7 +37,8 @@ from desc.lora import (
     merge_adapters,
     save_adapter,
 )
-from desc.zoo import locate
+from desc.storage.adapters import CONFIG, WEIGHTS
+from desc.storage.zoo import locate
 
 IDS = torch.arange(10, 40)[None]
 

@@ -33,8 +33,8 @@ from desc.lora import adapter_off, add_adapter, lora_layers, save_adapter
 from desc.losses import dpo_loss, sft_loss
 from desc.modeling import sequence_logps
 from desc.prompts import build_examples
+from desc.storage.zoo import locate
 from desc.tree import pack, plant
-from desc.zoo import locate
 
 POLICY = torch.tensor([-10.0, -20.0]), torch.tensor([-14.0, -15.0])
 REFERENCE = torch.tensor([-12.0, -18.0]), torch.tensor([-13.0, -16.0])

@@ -10,31 +10,31 @@ from math import exp, log, sqrt
 import numpy as np
 import pytest
 
-from desc.metrics import (
-    bias_of_confusion,
+from desc.evaluation.text import (
     bleu,
     bleu_counts,
+    common_subsequence,
+    corpus_scores,
+    near_copies,
+    rouge_l,
+    self_repetition,
+    turn_scores,
+    words,
+)
+from desc.judging.statistics import kappa_of_confusion, kendall, spearman
+from desc.metrics import (
+    bias_of_confusion,
     calibration_counts,
     calibration_error,
-    common_subsequence,
     confusion,
-    corpus_scores,
     expected_confusion,
     interval,
-    kappa_of_confusion,
-    kendall,
-    near_copies,
     negative_log_likelihood,
     preference_bias,
     resample,
-    rouge_l,
     scores_of_confusion,
-    self_repetition,
-    spearman,
     strategy_scores,
     top_hits,
-    turn_scores,
-    words,
 )
 from desc.strategies import ESCONV, Strategies
 

@@ -8,9 +8,20 @@ import pytest
 
 from desc import DescError
 from desc.esconv import Dialogue, Turn
-from desc.files import write_lines
-from desc.judging import UNREADABLE, Case, Judgement
-from desc.mining import Answer, Pair, account, answer_dialogue, find_error, judge, read_pairs, route
+from desc.mining import (
+    UNREADABLE,
+    Answer,
+    Case,
+    Judgement,
+    Pair,
+    account,
+    answer_dialogue,
+    find_error,
+    judge,
+    read_pairs,
+    route,
+)
+from desc.storage.files import write_lines
 from desc.strategies import ESCONV
 
 GOLD = Turn("supporter", "How are you?", "Question")

@@ -13,9 +13,9 @@ import torch
 from scripts import lines, run
 
 from desc import cli
-from desc.checkpoint import checkpoint_settings
-from desc.journal import Journal, journal_settings
 from desc.modeling import cache_argument, load, native_dtype
+from desc.storage.checkpoint import checkpoint_settings
+from desc.storage.journal import Journal, journal_settings
 
 X86 = {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False}
 
@@ -84,12 +84,12 @@ def test_a_run_that_moves_to_another_machine_keeps_its_dtype(tmp_path):
     train = ("train_sft.py", *flags, "--train-dialogues", 3, "--epochs", 2, "--batch-size", 8)
     stop = (
         "import os, runpy, signal, sys\n"
-        "from desc import training\n"
-        "update = training.update\n"
+        "from desc.training import run\n"
+        "update = run.clip_and_step\n"
         "def once(*args):\n"
         "    update(*args)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "training.update = once\n"
+        "run.clip_and_step = once\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

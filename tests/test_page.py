@@ -13,9 +13,10 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from desc import DescError, page
+from desc import DescError
 from desc.esconv import Dialogue
-from desc.figures import phase_shares
+from desc.evaluation import page
+from desc.evaluation.figures import phase_shares
 from desc.strategies import ESCONV
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'desc[report]'")

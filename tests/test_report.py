@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from desc.esconv import Dialogue, Turn
-from desc.judging import RUBRICS
-from desc.report import frequency_row, summarise, tables, won
+from desc.evaluation.scores import frequency_row, summarise, won
+from desc.evaluation.tables import tables
+from desc.judging.judge import RUBRICS
 from desc.strategies import Strategies
 
 AB = Strategies(("a", "b"))

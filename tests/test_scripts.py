@@ -11,7 +11,7 @@ import time
 import pytest
 from scripts import command, lines, run
 
-from desc.lora import digest
+from desc.storage.adapters import adapter_digest
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_evaluation_prints_tables_and_keeps_every_answer(out):
     assert (
         results["facts"]["adapters"]["dpo"]["sp"]
         == settings["adapters"]["dpo"]["sp"]
-        == digest(out / "sp" / "dpo")
+        == adapter_digest(out / "sp" / "dpo")
         and results["facts"]["seeds"] == 3
     )
 

@@ -5,13 +5,14 @@ Flags: every one is read, every mistake ends in one clear line."""
 import re
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from scripts import ROOT, run
 
 from desc import DescError, cli
 
-SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "chat")
+SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "desc.chat.__main__")
 
 
 @pytest.mark.parametrize(
@@ -104,9 +105,9 @@ def test_every_flag_is_read(script, monkeypatch):
         for name, kind in vars(module).items()
         if name.endswith("Config") and kind.__module__ == script
     )
-    config = next(own, cli.SampleConfig)  # chat.py adds none
+    config = next(own, cli.SampleConfig)  # chat adds none
     code = "".join(
-        path.read_text() for path in [ROOT / f"{script}.py", *(ROOT / "desc").glob("*.py")]
+        path.read_text() for path in [Path(module.__file__), *(ROOT / "desc").rglob("*.py")]
     )
     assert not [
         f.name

@@ -29,7 +29,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import KINDS, ODD, build, configure
-from torch import library
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig
 
@@ -395,7 +394,7 @@ def test_block_attention_equals_sdpa(block, monkeypatch):
         query, key, value = (
             torch.randn(1, heads, nodes, 8, requires_grad=True) for heads in (4, 2, 2)
         )
-        output = attention.block_attention(query, key, value, mask, scaling=0.3)
+        output = attention.BlockAttention.apply(query, key, value, mask, 0.3)
         pairs = [x.repeat_interleave(2, dim=1) for x in (key, value)]
         expected = F.scaled_dot_product_attention(
             query, *pairs, attn_mask=mask, scale=0.3
@@ -408,8 +407,6 @@ def test_block_attention_equals_sdpa(block, monkeypatch):
             for y in (output, expected)
         )
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        # shapes, strides and autograd as declared
-        library.opcheck(attention.block_attention, (query, key, value, mask, 0.3))
 
 
 def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
@@ -432,7 +429,7 @@ def test_the_block_mask_is_the_dense_mask(seed, window, monkeypatch):
     query, key, value = (torch.randn(1, heads, nodes, 16) for heads in (6, 2, 2))
     mask = attention.flex_mask(forest, window)
     output, _ = attention.tree_attention(None, query, key, value, mask, 0.3)
-    expected = attention.block_attention(
+    expected = attention.BlockAttention.apply(
         query, key, value, dense_mask(forest, window)[None, None], 0.3
     )
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)

@@ -44,7 +44,7 @@ def append_line(path: Path, record: dict) -> None:
         os.fsync(file.fileno())
 
 
-def mend(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Drop a last line that a kill cut off."""
     if path.exists():
         whole = path.read_bytes().rpartition(b"\n")[0]

@@ -1,31 +1,20 @@
-"""A conversation in the terminal: you are the seeker, the planner chooses a strategy, and the
-generator replies.
+"""A conversation: the planner chooses, the generator says it, the seeker commands."""
 
-    python chat.py                   OUT/sp and OUT/rg, each with its last stage: dpo, sft or none
-    python chat.py < messages.txt    without a terminal: one message or command per line
-
-Bars show the planner's exact probabilities; the strategy is drawn from them (--temperature,
---top-p), or forced by /strategy. Draws depend on --seed, the turn's number and the conversation
-alone: after /undo, the same message has the same reply."""
-
-import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from desc import DescError, cli, distributed
+from desc import cli
+from desc.chat.safety import CRISIS, in_danger
 from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
-from desc.files import write_json
 from desc.lora import adapter_only
-from desc.modeling import load
 from desc.prompts import build_messages
-from desc.safety import CRISIS, OPENING, in_danger
 from desc.sampling import grow_branches, score, seeded, stream_text, temper
-from desc.strategies import Strategies, read_strategies
+from desc.storage.files import write_json
+from desc.strategies import Strategies
 
 HELP = """\
 /strategy NAME   every reply follows this strategy from now on; without NAME the planner chooses
@@ -192,35 +181,3 @@ class Chat:
         else:
             print(f"(Taken back: {self.turns[-2].text[:60]!r} and its reply.)")
             self.turns = self.turns[:-2]
-
-
-def main():
-    config = cli.parse(cli.SampleConfig)
-    sys.stdin.reconfigure(errors="replace")
-    # a warning must not wait in a pipe for the reply
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    print(OPENING)
-    strategies = read_strategies(config.strategies)
-    device = distributed.setup()
-    cli.choose_dtype(config, device)
-    model, tokenizer = load(config.model, config.torch_dtype, device)
-    chat = Chat(model, tokenizer, config, strategies, attach(model, config.out))
-    print(
-        f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."
-        " /help lists the commands."
-    )
-    with suppress(EOFError, KeyboardInterrupt):  # at the prompt both mean goodbye
-        while (line := input("\nseeker: " if sys.stdin.isatty() else "").strip()) != "/quit":
-            try:
-                chat.take(line)
-            except KeyboardInterrupt:
-                print("\n(Stopped: all is as it was before.)")
-            except DescError as error:
-                print(f"{error} (it is left out)")
-    print("\nGoodbye, and take care.")
-
-
-if __name__ == "__main__":
-    with suppress(ImportError):
-        import readline  # noqa: F401  by which input() can edit a line and recall earlier ones
-    cli.run(main)

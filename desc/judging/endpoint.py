@@ -5,13 +5,19 @@ import os
 import random
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from desc import DescError, distributed
-from desc.prompts import Messages
+from desc import DescError
+from desc.esconv import Dialogue
+from desc.prompts import Messages, build_messages
+from desc.sampling import seeded
+from desc.strategies import Strategies
+from desc.training import ranks
 
 OPTIONAL = ("response_format", "seed")  # not every server knows these
 
@@ -39,7 +45,7 @@ class Endpoint:
         if not (config.endpoint and config.endpoint_model):
             raise DescError("an endpoint needs --endpoint URL and --endpoint-model NAME")
         share = (
-            len(range(distributed.rank(), config.max_calls, distributed.size()))
+            len(range(ranks.rank(), config.max_calls, ranks.world_size()))
             if config.max_calls
             else None
         )
@@ -123,3 +129,41 @@ class Endpoint:
             f"{self.url} does not answer ({problem}), tried {self.tries} times: run the same"
             " command again when it does"
         )
+
+
+@dataclass(frozen=True)
+class EndpointSampler:
+    """Answers with models behind an endpoint, which decode freely: what they write may name no
+    strategy."""
+
+    endpoint: Endpoint
+    config: object  # a desc.cli.SampleConfig
+    strategies: Strategies
+
+    def ask(
+        self, task: str, dialogue: Dialogue, planned: Iterable[tuple[int, str | None]]
+    ) -> list[str]:
+        asked = [
+            build_messages(task, dialogue, turn, strategy, self.strategies)
+            for turn, strategy in planned
+        ]
+        config = self.config
+        settings = {
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "max_tokens": config.max_new_tokens,
+        }
+        seed = seeded(config.seed, task, dialogue.id).initial_seed()
+        return [text.strip() for text in self.endpoint.ask_all(asked, task, seed, **settings)]
+
+    def plan(self, dialogue: Dialogue, turns: list[int]) -> list[str]:
+        return self.ask("sp", dialogue, [(turn, None) for turn in turns])
+
+    def write(self, dialogue: Dialogue, planned: list[tuple[int, str]]) -> list[str]:
+        return self.ask("rg", dialogue, planned)
+
+    def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str | None, str]]:
+        return [
+            self.strategies.split_tag(text)
+            for text in self.ask("vanilla", dialogue, [(turn, None) for turn in turns])
+        ]

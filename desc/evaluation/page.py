@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from desc.figures import curves, phases
-from desc.files import write_bytes
-from desc.report import JUDGED, PLAN, TEXT, decimals
+from desc.evaluation.figures import curves, phases
+from desc.evaluation.tables import JUDGED, PLAN, TEXT, decimals
+from desc.storage.files import write_bytes
 
 
 def write_page(path: str | Path, results: dict) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from desc import DescError, cli
 from desc.esconv import Dialogue
-from desc.judging import Annotator, Case, Judge, contest, rate
-from desc.lora import adapter_only, digest
-from desc.report import FREQUENCIES
+from desc.evaluation.scores import FREQUENCIES
+from desc.judging.judge import Judge, contest, rate
+from desc.lora import adapter_only
+from desc.mining import Annotator, Case
 from desc.sampling import draw_strategies, score_strategies, write_dialogue
+from desc.storage.adapters import adapter_digest
 from desc.strategies import Strategies
 
 
@@ -36,7 +38,7 @@ def find_systems(config) -> dict[str, dict[str, str]]:
     for kind in (("sp",) if config.reply_dialogues < 0 else ("sp", "rg"), ("vanilla",)):
         for stage in ("sft", "dpo") if not config.systems else ():
             found = {module: str(Path(config.out) / module / stage) for module in kind}
-            if all(digest(Path(folder)) for folder in found.values()):
+            if all(adapter_digest(Path(folder)) for folder in found.values()):
                 systems[stage if kind[0] == "sp" else f"vanilla {stage}"] = found
     if not systems:
         raise DescError(

@@ -1,4 +1,5 @@
-"""What an evaluation found, as rows of numbers and as tables."""
+"""What systems did: counted dialogue by dialogue, then summed up as rows of numbers with
+intervals."""
 
 from collections import Counter
 
@@ -6,61 +7,25 @@ import numpy as np
 import torch
 
 from desc.esconv import Dialogue
-from desc.judging import RUBRICS, UNREADABLE
+from desc.evaluation.text import corpus_scores, near_copies, self_repetition, turn_scores, words
+from desc.judging.judge import RUBRICS
 from desc.metrics import (
     bias_of_confusion,
     calibration_counts,
     calibration_error,
     confusion,
-    corpus_scores,
     expected_confusion,
     interval,
-    near_copies,
     negative_log_likelihood,
     resample,
     scores_of_confusion,
-    self_repetition,
     top_hits,
-    turn_scores,
-    words,
 )
+from desc.mining import UNREADABLE
 from desc.sampling import temper
 from desc.strategies import Strategies
 
-PLAN = (
-    "accuracy",
-    "greedy",
-    "top-2",
-    "top-3",
-    "Q",
-    "Q_W",
-    "B",
-    "B greedy",
-    "B expected",
-    "nll",
-    "ece",
-    "invalid",
-)
-TEXT = (
-    "distinct-1",
-    "bleu-1",
-    "f1",
-    "rouge-l",
-    "length",
-    "self-repetition",
-    "near-copies",
-    "corpus distinct-1",
-    "corpus bleu-4",
-)
 FREQUENCIES = "training frequencies"  # the row of a planner that knows nothing of the context
-JUDGED = (
-    "faultless",
-    *RUBRICS,
-    *(f"{rubric} wins" for rubric in RUBRICS),
-    "ties",
-    "first shown",
-    "unreadable",
-)
 
 
 def count_plans(record: dict, strategies: Strategies, config) -> dict[str, np.ndarray]:
@@ -257,84 +222,3 @@ def frequency_row(train: list[Dialogue], test: list[Dialogue], strategies: Strat
         "nll": negative_log_likelihood(logps, gold, strategies),
     }
     return {"turns": len(gold)} | {column: float(value) for column, value in row.items()}
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A table of its head and its lines."""
-    head, *body = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
-
-
-def decimals(column: str) -> int:
-    return 3 if column[0] == "B" or column == "nll" else 2 if column in RUBRICS else 1
-
-
-def tables(rows: dict[str, dict]) -> str:
-    """Markdown: a row a system, of the planner, of replies and of the judge, only the columns that
-    some row has; then the differences to the first system, with their intervals."""
-    parts = []
-    for columns in (PLAN, TEXT, JUDGED):
-        shown = [c for c in columns if any(c in row for row in rows.values())]
-        lines = [
-            [name, *(cell(row, c) for c in shown)]
-            for name, row in rows.items()
-            if any(c in row for c in shown)
-        ]
-        parts += [markdown([["system", *shown], *lines])] if lines else []
-    later = {name: row for name, row in rows.items() if "accuracy difference" in row}
-    lines = []
-    for column in (*PLAN, *TEXT, *JUDGED):
-        found = [row.get(f"{column} difference") for row in later.values()]
-        if any(found):
-            digits = decimals(column)
-            lines.append(
-                [
-                    column,
-                    *(
-                        f"{d[0]:+.{digits}f} ({d[1]:+.{digits}f} … {d[2]:+.{digits}f})" if d else ""
-                        for d in found
-                    ),
-                ]
-            )
-    return "\n\n".join(
-        parts + ([markdown([["difference to the first", *later], *lines])] if lines else [])
-    )
-
-
-def cell(row: dict, column: str) -> str:
-    """With the interval of what the paper reports, and of what is judged."""
-    if column not in row:
-        return ""
-    digits = decimals(column)
-    text = f"{row[column]:.{digits}f}"
-    if column not in ("Q", "B", *JUDGED[:-3]) or f"{column} interval" not in row:
-        return text
-    low, high = row[f"{column} interval"]
-    return f"{text} ({low:.{min(digits, 2)}f}–{high:.{min(digits, 2)}f})"
-
-
-def mining_table(found: dict) -> str:
-    """What desc.mining.account says, as text."""
-    answers = max(found["answers"], 1)
-
-    def counted(counts: dict) -> str:
-        return (
-            ", ".join(
-                f"{name} {n} ({100 * n / answers:.1f} %)"
-                for name, n in sorted(counts.items(), key=lambda c: -c[1])
-            )
-            or "none"
-        )
-
-    lines = [f"{found['answers']} answers, {found['pairs']} pairs"]
-    lines += [
-        f"{name}: {counted(found[name])}" for name in ("judged", "kept", "dropped") if found[name]
-    ]
-    rows = [["strategy", "chosen", "rejected"]]
-    rows += [
-        [name, str(n), str(found["rejected strategies"][name])]
-        for name, n in found["chosen strategies"].items()
-    ]
-    return "\n".join(
-        [*lines, "", markdown(rows), *(f"warning: {text}" for text in found["warnings"])]
-    )

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from desc import DescError
-from desc.files import write_bytes
+from desc.storage.files import write_bytes
 
 KEPT = 2  # should the newest be damaged, the one before it is used
 

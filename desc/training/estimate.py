@@ -1,4 +1,5 @@
-"""What a run will cost, from the shapes alone: no weight is loaded, no step taken."""
+"""An estimate of what a training run will cost, from shapes alone: no weight is loaded, and no step
+taken."""
 
 from collections.abc import Iterable
 
@@ -35,9 +36,9 @@ def activation_bytes(shape, nodes: int, dtype: torch.dtype, config) -> float:
 
 
 def memory(model, config, forests: list[Forest]) -> dict[str, float]:
-    """Bytes a rank on `config.plan` ranks. model is empty (its weights on the meta device) and has
-    its adapters."""
-    ranks, dtype = config.plan, config.torch_dtype
+    """Bytes per rank on `config.estimate` ranks. The model is empty (its weights on the meta
+    device), and has its adapters."""
+    ranks, dtype = config.estimate, config.torch_dtype
     widest, rows = max(len(f.ids) for f in forests), max(len(f.rows) for f in forests)
     shape = model.config.get_text_config()
     adapters = sum(p.numel() for p in model.parameters() if not p.is_meta)
@@ -63,10 +64,10 @@ def memory(model, config, forests: list[Forest]) -> dict[str, float]:
     }
 
 
-def plan(model, config, batches: Iterable[list[Item]], passes: int) -> str:
+def estimate(model, config, batches: Iterable[list[Item]], passes: int) -> str:
     """A table of `memory` and of the tokens of a run over these batches; `passes` counts the
     forwards a forest is read in (DPO: 2)."""
-    steps = [pack(items, config.share, config.max_tokens, config.plan) for items in batches]
+    steps = [pack(items, config.share, config.max_tokens, config.estimate) for items in batches]
     forests = [forest for step in steps for _, forest in step]
     sizes, nodes = memory(model, config, forests), sum(len(f.ids) for f in forests)
     alone = sum(

@@ -1,0 +1,52 @@
+"""A conversation in the terminal: you are the seeker, the planner chooses a strategy, and the
+generator replies.
+
+    python -m desc.chat                   OUT/sp and OUT/rg, each with its last stage
+    python -m desc.chat < messages.txt    without a terminal: one message or command per line
+
+The last stage is dpo, else sft, else the base model. Bars show the planner's exact probabilities.
+The strategy is drawn from them (--temperature, --top-p), or forced by /strategy. Draws depend on
+--seed, the turn's number and the conversation alone: after /undo, the same message has the same
+reply."""
+
+import sys
+from contextlib import suppress
+
+from desc import DescError, cli
+from desc.chat.conversation import Chat, attach
+from desc.chat.safety import OPENING
+from desc.modeling import load
+from desc.strategies import read_strategies
+from desc.training import ranks
+
+
+def main():
+    config = cli.parse(cli.SampleConfig)
+    sys.stdin.reconfigure(errors="replace")
+    # a warning must not wait in a pipe for the reply
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    print(OPENING)
+    strategies = read_strategies(config.strategies)
+    device = ranks.join()
+    cli.choose_dtype(config, device)
+    model, tokenizer = load(config.model, config.torch_dtype, device)
+    chat = Chat(model, tokenizer, config, strategies, attach(model, config.out))
+    print(
+        f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."
+        " /help lists the commands."
+    )
+    with suppress(EOFError, KeyboardInterrupt):  # at the prompt both mean goodbye
+        while (line := input("\nseeker: " if sys.stdin.isatty() else "").strip()) != "/quit":
+            try:
+                chat.take(line)
+            except KeyboardInterrupt:
+                print("\n(Stopped: all is as it was before.)")
+            except DescError as error:
+                print(f"{error} (it is left out)")
+    print("\nGoodbye, and take care.")
+
+
+if __name__ == "__main__":
+    with suppress(ImportError):
+        import readline  # noqa: F401  by which input() can edit a line and recall earlier ones
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""Evaluation: systems, scores, tables, text overlap, the report page and its figures."""

@@ -1,0 +1,1 @@
+"""Judging: annotator, judge, the endpoint that both may ask, agreement with people."""

@@ -1,0 +1,80 @@
+"""What a long run has done so far, dialogue by dialogue: killed and started again, it goes on from
+there, on any number of ranks."""
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from desc.storage.checkpoint import refuse_differing
+from desc.storage.files import append_line, drop_torn_line, read_lines, write_lines
+
+
+def work_key(*parts) -> str:
+    """A stable hash that identifies one unit of work, so that its record is found again."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def journal_settings(folder: Path, name: str) -> dict:
+    """The settings of the run that is under way in FOLDER/NAME.RANK.jsonl; {} if there is none."""
+    for part in sorted(folder.glob(f"{name}.*.jsonl")):
+        with open(part, encoding="utf-8") as file, suppress(ValueError):
+            return json.loads(file.readline())  # a ValueError if a kill cut this line off
+    return {}
+
+
+class Journal:
+    """FOLDER/NAME.jsonl, which a finished run leaves, and beside it NAME.RANK.jsonl for each rank
+    of a run under way.
+
+    The first line of each file holds the settings. After it comes one record for each unit of work,
+    whole on disk once `append` returns. `rank` is this process's number, and `wait_for_all` returns
+    once every rank has called it."""
+
+    def __init__(
+        self, folder: Path, name: str, settings: dict, rank: int = 0, wait_for_all=lambda: None
+    ):
+        """Every rank must call this. Raises DescError if a run under way was begun with other
+        settings, naming them."""
+        self.whole, self.mine = folder / f"{name}.jsonl", folder / f"{name}.{rank}.jsonl"
+        self.settings = settings
+        if rank == 0:
+            for part in self.parts():
+                drop_torn_line(part)
+        wait_for_all()
+        self.done = self.read()
+        if self.whole.exists() and not self.done:
+            print(f"{self.whole} was made with other settings; it is replaced at the end")
+        wait_for_all()  # every rank has read all files before any of them grows
+
+    def parts(self) -> list[Path]:
+        return sorted(self.whole.parent.glob(f"{self.whole.stem}.*.jsonl"))
+
+    def read(self) -> dict[str, dict]:
+        """The records by key: of the finished run if it had the same settings, and of the one under
+        way."""
+        records = []
+        if self.whole.exists():
+            lines = read_lines(self.whole)
+            records = lines[1:] if lines[:1] == [self.settings] else []
+        for part in self.parts():
+            lines = read_lines(part)
+            if lines:
+                refuse_differing(part, lines[0], self.settings)
+                records += lines[1:]
+        return {record["key"]: record for record in records}
+
+    def append(self, record: dict) -> None:
+        if not self.mine.exists() or not self.mine.stat().st_size:
+            write_lines(self.mine, [self.settings])
+        append_line(self.mine, record)
+
+    def finish(self, keys: list[str]) -> list[dict]:
+        """All ranks' records in the order of `keys`. Nothing half done stays. Only the first rank
+        may call this, after all have done their work."""
+        done = self.read()
+        records = {key: done[key] for key in keys}
+        write_lines(self.whole, [self.settings, *(records | done).values()])
+        for part in self.parts():
+            part.unlink()
+        return list(records.values())

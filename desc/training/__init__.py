@@ -1,0 +1,1 @@
+"""Training: batches, the run and its optimizer, ranks, sharding, the memory estimate."""

@@ -1,0 +1,69 @@
+"""Batches: shuffled epochs of whole dialogues, and each rank's share of a batch as forests."""
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from desc.encoding import Item
+from desc.training.ranks import rank, world_size
+from desc.training.sharding import is_sharded
+from desc.tree import Forest, deal, pack
+
+
+def make_batches(examples: list, batch_size: int, share: str, seed: int, epoch: int) -> list[list]:
+    """A shuffled epoch of examples or pairs, cut into batches.
+
+    With share "dialogue" a batch is whole dialogues, because one that is cut in two is read twice.
+    A batch is closed if one more dialogue would take it further from `batch_size`."""
+    shuffle = random.Random(f"{seed}/{epoch}").shuffle
+    if share != "dialogue":
+        examples = list(examples)
+        shuffle(examples)
+        return [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    dialogues: dict[str, list] = {}
+    for example in examples:
+        dialogues.setdefault(example.dialogue, []).append(example)
+    groups = list(dialogues.values())
+    shuffle(groups)
+    batches: list[list] = [[]]
+    for group in groups:
+        size = len(batches[-1])
+        if size and size + len(group) - batch_size > batch_size - size:
+            batches.append([])
+        batches[-1].extend(group)
+    return batches
+
+
+def all_batches(examples: list, config) -> list[list]:
+    """The batches of all epochs, one after another (config: a desc.cli.TrainConfig)."""
+    batches = []
+    for epoch in range(config.epochs):
+        batches += make_batches(examples, config.batch_size, config.share, config.seed, epoch)
+    return batches
+
+
+def my_micro_batches(
+    model, items: list[Item], share: str, max_tokens: int
+) -> list[tuple[list[Item], Forest]]:
+    """This rank's micro-batches of a batch, on its device.
+
+    A sharded model's ranks divide a batch: every rank packs all of it in the same way and takes its
+    hand, so each knows the whole batch without communication. Any other model reads all of it."""
+    if is_sharded(model):
+        hands = deal(pack(items, share, max_tokens, world_size()), world_size())
+        micro_batches = hands[rank()]
+    else:
+        micro_batches = pack(items, share, max_tokens)
+    return [(members, forest.to(model.device)) for members, forest in micro_batches]
+
+
+def prepare_ahead(prepare: Callable, batches: list) -> Iterator:
+    """prepare(batch) of each, made in a thread while the caller trains on the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for batch in batches:
+            ready, coming = coming, pool.submit(prepare, batch)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()

@@ -1,0 +1,333 @@
+"""A training run: its optimizer and rate, its log, its best adapter and its checkpoints."""
+
+import hashlib
+import math
+import shutil
+import signal
+import sys
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from desc import DescError
+from desc.cli import TrainConfig, progress, save_config
+from desc.esconv import Dialogue
+from desc.lora import export_adapters, whole
+from desc.metrics import (
+    bias_of_confusion,
+    expected_confusion,
+    negative_log_likelihood,
+    scores_of_confusion,
+)
+from desc.sampling import branch_logps, strategy_items, temper
+from desc.storage.adapters import write_adapter
+from desc.storage.checkpoint import read_checkpoint, write_checkpoint
+from desc.storage.files import append_line, drop_torn_line, read_lines, write_lines
+from desc.strategies import Strategies
+from desc.training.batches import all_batches, my_micro_batches
+from desc.training.ranks import (
+    gather_objects,
+    on_any_rank,
+    rank,
+    sum_over_ranks,
+    wait_for_all,
+    world_size,
+)
+from desc.training.sharding import copy_whole, is_sharded, read_weights, shard
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the number of the step
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
+    """Rises linearly over the first `warmup` share of the steps, then falls to zero along half a
+    cosine."""
+    rising = max(1, round(steps * warmup))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+@dataclass
+class PendingStep:
+    """A step whose numbers have not been read from the device yet."""
+
+    step: int
+    rate: float
+    numbers: dict[str, torch.Tensor]  # on their way to the CPU
+    copied: "torch.cuda.Event | None"  # when they are there
+    batch: str  # which turns or pairs it trained on
+
+
+@dataclass
+class Run:
+    """What a training loop holds besides its model. All of it but the bar follows from the
+    configuration and a checkpoint."""
+
+    batches: list[list]  # of examples or pairs, of all epochs
+    trained: dict[str, torch.nn.Parameter]  # the adapter, by name
+    optimizer: torch.optim.Optimizer
+    folder: Path
+    best_folder: Path  # where the adapter with the best validation score is kept
+    last_folder: Path  # where the last one is kept
+    settings: dict  # what a checkpoint must have been made with
+    bar: tqdm | None = None
+    step: int = 0  # steps done
+    best: float = math.inf  # the lowest validation score so far
+    pending: PendingStep | None = None
+    asked_to_stop: bool = False
+
+    def title(self) -> str:
+        return " ".join(self.folder.parts[-2:])  # "sp sft"
+
+    def examples_done(self) -> int:
+        return sum(map(len, self.batches[: self.step]))
+
+
+def begin(
+    model,
+    config: TrainConfig,
+    examples: list,
+    unit: str,
+    folder: Path,
+    device: torch.device,
+    reference: str = "",
+) -> Run:
+    """Plan the batches, shard the model over several ranks, and make AdamW for what is trainable.
+
+    The run goes on from a checkpoint that an earlier one left in FOLDER/checkpoints, if it had the
+    same configuration, the same `examples` and the same `reference` (its adapter's digest). Raises
+    DescError if they were others. From here on SIGTERM ends the run with a checkpoint, after the
+    step at hand."""
+    if config.compile:
+        compile_layers(model)
+    if config.recompute:
+        recompute_activations(model)
+    if world_size() > 1:
+        shard(model, device)
+        read_weights(model)
+    batches = all_batches(examples, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adamw = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(trained.values(), **adamw)
+    best_folder, last_folder = folder, folder / "last"
+    if config.keep == "last":
+        best_folder, last_folder = folder / "best", folder
+    seen = hashlib.sha256(f"{examples}{reference}".encode()).hexdigest()
+    settings = asdict(config) | {"input": seen}
+    del settings["save_every"]
+    run = Run(batches, trained, optimizer, folder, best_folder, last_folder, settings)
+    resume(run)
+    onwards = f", from step {run.step} on" if run.step else ""
+    print(f"{len(examples)} {unit} in {len(batches)} steps, into {folder}{onwards}")
+    run.bar = progress(model, sum(map(len, batches)), run.title(), unit, run.examples_done())
+
+    def ask_to_stop(*_):
+        run.asked_to_stop = True
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    return run
+
+
+def compile_layers(model) -> None:
+    """Let TorchInductor fuse the element-wise work of the decoder's layers, on a GPU.
+
+    Rounding between fused operations stays as it is without, so that a policy still equals its
+    reference to the bit. Raises DescError on a CPU, where it gained nothing (docs/results.md)."""
+    if model.device.type == "cpu":
+        raise DescError("--compile is for GPUs: on a CPU it gains nothing; leave it out")
+    for layer in model.get_submodule("model.layers"):
+        # Its forward alone: the hooks by which FSDP gathers weights stay outside.
+        options = {"emulate_precision_casts": True}
+        layer.forward = torch.compile(layer.forward, dynamic=True, options=options)
+
+
+def recompute_activations(model) -> None:
+    """Activation checkpointing: in training mode a layer keeps its input alone, and runs again in
+    the backward pass."""
+    # the second is the name that it had before Transformers 5.24
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def resume(run: Run) -> None:
+    """Take over the newest checkpoint; without one begin a new metrics.jsonl."""
+    metrics = run.folder / "metrics.jsonl"
+    found = read_checkpoint(run.folder / "checkpoints", run.settings)
+    digests = gather_objects(found[0]["digest"] if found else None)
+    if len(set(digests)) > 1:
+        raise DescError(
+            f"the ranks see different checkpoints in {run.folder}: --out must be a disk that all of"
+            " them share"
+        )
+    if found is None:
+        if rank() == 0:
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            write_lines(metrics, [])
+        return
+    facts, tensors = found
+    run.step, run.best = facts["step"], facts["best"]
+    for name, p in run.trained.items():
+        copy_whole(p, tensors[name])
+        state = {"step": torch.tensor(float(run.step), device=p.device)}
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(p)
+            copy_whole(state[moment], tensors[f"{moment}.{name}"])
+        run.optimizer.state[p] = state
+    if rank() == 0:
+        drop_torn_line(metrics)
+        kept = [record for record in read_lines(metrics) if record["step"] <= run.step]
+        write_lines(metrics, kept)
+
+
+def seed_dropout(run: Run, config: TrainConfig) -> None:
+    """Before each step: dropout depends on seed, step and rank alone, so that a resumed run draws
+    what an uninterrupted one draws."""
+    torch.manual_seed(zlib.crc32(f"{config.seed}/{run.step}/{rank()}".encode()))
+
+
+def clip_and_step(run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], batch: str) -> None:
+    """Clip the gradients, take a step, forget them. `sums` are this rank's part of what to log.
+
+    They are read one step later, so that a GPU never waits for the CPU. A gradient that is not
+    finite is noticed then, before anything of it is saved."""
+    rate = learning_rate(run.step, len(run.batches), config.warmup, config.lr)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    norm = torch.nn.utils.clip_grad_norm_(run.trained.values(), config.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.bar.update(run.examples_done() - run.bar.n)  # other ranks' share of this step
+    write_pending(run)
+    device = norm.device
+    values = [torch.as_tensor(value, dtype=torch.float32, device=device) for value in sums.values()]
+    totals = sum_over_ranks(torch.stack(values))
+    totals = torch.cat([totals, whole(norm)[None]]).to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream().record_event() if norm.is_cuda else None
+    numbers = dict(zip([*sums, "grad_norm"], totals))
+    run.pending = PendingStep(run.step, rate, numbers, copied, batch)
+
+
+def write_pending(run: Run) -> None:
+    """Log the pending step's numbers. Raises DescError if one is not finite."""
+    if run.pending is None:
+        return
+    pending, run.pending = run.pending, None
+    if pending.copied:
+        pending.copied.synchronize()
+    numbers = {name: float(number) for name, number in pending.numbers.items()}
+    if not all(map(math.isfinite, numbers.values())):
+        raise DescError(
+            f"step {pending.step}: the loss or the gradient of {pending.batch} is not finite; lower"
+            " --lr, or look at these turns"
+        )
+    log(run, pending.step, numbers | {"lr": pending.rate})
+
+
+def log(run: Run, step: int, record: dict) -> None:
+    """Append a line to metrics.jsonl. The bar shows a step's loss; validation scores stay above
+    it."""
+    if rank() > 0:
+        return
+    stamped = {"time": round(time.time(), 3), "step": step, **record}
+    append_line(run.folder / "metrics.jsonl", stamped)
+    if "loss" in record:
+        run.bar.set_description(f"{run.title()}, loss {record['loss']:.4f}", refresh=False)
+    else:
+        scores = [f"{name} {value:.4f}" for name, value in record.items()]
+        run.bar.write("  ".join([f"step {step}", *scores]))
+
+
+def is_due(run: Run, every: int) -> bool:
+    """Whether so many steps have passed again; 0 is never."""
+    return every > 0 and run.step % every == 0
+
+
+def keep_best(run: Run, model, config: TrainConfig, scores: dict, score: float) -> None:
+    """Log validation scores, and save the adapter if `score` is the lowest so far."""
+    write_pending(run)
+    log(run, run.step, scores)
+    if on_any_rank(score < run.best):
+        run.best = score
+        save_artefact(model, config, run.best_folder)
+
+
+def save_artefact(model, config: TrainConfig, folder: Path) -> None:
+    """The model's adapters as one, with the configuration that made it. Every rank must call this;
+    the first writes."""
+    settings, halves = export_adapters(model)
+    if rank() == 0:
+        write_adapter(folder, settings, halves)
+        save_config(config, folder)
+
+
+def save_checkpoint_if_due(run: Run, every: int) -> None:
+    """Save a checkpoint every so many steps, and if SIGTERM asked for it, which then ends the
+    program."""
+    stop = on_any_rank(run.asked_to_stop)
+    if not is_due(run, every) and not stop:
+        return
+    write_pending(run)
+    tensors = {}
+    for name, p in run.trained.items():
+        tensors[name] = p.detach()
+        for moment in MOMENTS:
+            tensors[f"{moment}.{name}"] = run.optimizer.state[p][moment]
+    tensors = {name: whole(tensor) for name, tensor in tensors.items()}  # on every rank
+    if rank() == 0:
+        facts = {"step": run.step, "best": run.best, "settings": run.settings}
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        write_checkpoint(run.folder / "checkpoints", facts, tensors)
+    if stop:
+        # When one rank ends, torchrun ends the others, so all wait until the checkpoint is written.
+        wait_for_all()
+        run.bar.close()
+        print(
+            f"stopped after step {run.step} of {len(run.batches)}; the same command goes on from"
+            " there"
+        )
+        sys.exit(128 + signal.SIGTERM)
+
+
+def finish(run: Run, model, config: TrainConfig) -> None:
+    """Save the last adapter, and clear the checkpoints away."""
+    write_pending(run)
+    run.bar.close()
+    save_artefact(model, config, run.last_folder)
+    if rank() == 0:
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    print(
+        f"best validation score {run.best:.4f}; the adapter that later steps find ({config.keep})"
+        f" is in {run.folder}"
+    )
+
+
+@torch.no_grad()
+def planner_scores(
+    model, tokenizer, config: TrainConfig, dialogues: list[Dialogue], strategies: Strategies
+) -> dict[str, float]:
+    """A planner's exact scores on dialogues: the negative log-likelihood of the human strategy at
+    T = 1, and accuracy, Q and B of the confusion matrix that sampling at the paper's T 0.7,
+    top_p 0.95 has on average."""
+    items = strategy_items(tokenizer, config.task, dialogues, strategies, config.max_length)
+    scored: dict[str, torch.Tensor] = {}
+    for members, forest in my_micro_batches(model, items, "dialogue", config.max_tokens):
+        scored |= branch_logps(model, members, forest)
+    if is_sharded(model):
+        for part in gather_objects(scored):
+            scored |= part
+    logps = torch.stack([scored[item.id] for item in items])  # (T, K)
+    gold = [turn.strategy for dialogue in dialogues for turn in dialogue.supporter_turns()]
+    counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), gold, strategies)
+    scores = scores_of_confusion(counts)
+    return {
+        "valid/nll": negative_log_likelihood(logps.numpy(), gold, strategies),
+        "valid/accuracy": scores.accuracy,
+        "valid/Q": scores.macro_f1,
+        "valid/B": bias_of_confusion(counts).bias,
+    }

@@ -1,0 +1,82 @@
+"""Sharding a model over ranks with FSDP2: each rank holds a part of every weight, and reads its
+part alone from the model's files."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from desc import DescError
+from desc.training.ranks import rank, world_size
+
+
+def shard(model, device: torch.device) -> None:
+    """Split every weight over the ranks: each decoder layer is a unit, and the embeddings, the last
+    norm and the head, which may be tied, are one together.
+
+    Weights are gathered and used in the base model's dtype, and gradients averaged in fp32. What
+    the optimizer holds of the adapters stays fp32."""
+    mesh, decoder = init_device_mesh(device.type, (world_size(),)), model.model
+    policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
+    ends = [decoder.embed_tokens, decoder.norm, model.lm_head]
+    for unit in (*decoder.layers, ends, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(model) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def local_rows(tensor: DTensor) -> slice:
+    """Which rows of the whole weight this rank holds."""
+    each = -(-tensor.shape[0] // world_size())
+    begin = min(rank() * each, tensor.shape[0])
+    return slice(begin, begin + tensor.to_local().shape[0])
+
+
+@torch.no_grad()
+def copy_whole(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole value, the same on every rank, into a tensor that may be sharded."""
+    if isinstance(tensor, DTensor):
+        tensor.to_local().copy_(value[local_rows(tensor)])
+    else:
+        tensor.copy_(value)
+
+
+def read_weights(model) -> None:
+    """Give a sharded, empty model its values: each rank reads its own rows of each weight from the
+    model's safetensors files.
+
+    Raises DescError if a weight is not in them."""
+    folder = Path(model.name_or_path)
+    if not folder.exists():
+        folder = Path(snapshot_download(model.name_or_path, allow_patterns="model*.safetensors"))
+    empty = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+    values = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in empty.keys() & file.keys():
+                values[id(empty[name])] = read_parameter(file, name, empty[name])
+    # a tied weight has two names, of which the files may hold one
+    state = {name: values[id(p)] for name, p in empty.items() if id(p) in values}
+    model.load_state_dict(state, strict=False, assign=True)
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise DescError(
+            f"{folder}: its safetensors files lack {', '.join(missing[:3])} …; only one process can"
+            " run this model"
+        )
+
+
+def read_parameter(file, name: str, empty: DTensor) -> nn.Parameter:
+    """This rank's rows of a weight in an open safetensors file, as a part of the sharded whole."""
+    rows = file.get_slice(name)[local_rows(empty)]
+    rows = rows.to(empty.dtype).to(empty.device_mesh.device_type)
+    layout = {"shape": empty.shape, "stride": empty.stride(), "run_check": False}
+    value = DTensor.from_local(rows, empty.device_mesh, empty.placements, **layout)
+    return nn.Parameter(value, requires_grad=False)

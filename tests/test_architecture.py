@@ -1,0 +1,62 @@
+"""pytest tests/test_architecture.py
+
+Which room of desc/ may import which. This table is the map of the house: README and
+desc/__init__.py show the same."""
+
+import ast
+
+import pytest
+from scripts import ROOT
+
+METHOD = (  # in reading order: each may import those before it
+    "strategies esconv prompts encoding tree attention modeling lora losses sampling mining metrics"
+).split()
+MAY_IMPORT = {
+    "storage": set(),
+    "method": {"storage"},
+    "training.ranks": set(),
+    "cli": {"storage", "method", "training.ranks"},
+    "training": {"storage", "method", "cli", "training.ranks"},
+    "judging": {"storage", "method", "cli", "training.ranks"},
+    "evaluation": {"storage", "method", "cli", "judging"},
+    "chat": {"storage", "method", "cli", "training.ranks"},
+}
+FILES = sorted(path for path in (ROOT / "desc").rglob("*.py") if path != ROOT / "desc/__init__.py")
+
+
+def room_of(module: str) -> str:
+    """The room of "esconv", "training.ranks" or "judging.judge"."""
+    room = module.partition(".")[0]
+    if module in MAY_IMPORT:
+        return module
+    return "method" if room in METHOD else room
+
+
+def imported(path) -> set[str]:
+    """The modules of desc that a file imports, wherever in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "desc":
+            package = node.module.removeprefix("desc").removeprefix(".")
+            for alias in node.names:
+                inner = f"{package}.{alias.name}".removeprefix(".")
+                is_module = (ROOT / "desc" / (inner.replace(".", "/") + ".py")).exists()
+                modules.add(inner if is_module else package)
+    return modules - {""}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "desc")))
+def test_imports_go_where_the_map_says(path):
+    module = ".".join(path.relative_to(ROOT / "desc").with_suffix("").parts)
+    here = room_of(module)
+    for other in imported(path):
+        there = room_of(other)
+        assert there == here or there in MAY_IMPORT[here], f"{module} imports {other}"
+        if here == there == "method":
+            assert METHOD.index(other) < METHOD.index(module), f"{module} imports {other}"
+
+
+def test_the_map_is_whole():
+    assert {
+        room_of(str(path.relative_to(ROOT / "desc").parts[0]).removesuffix(".py")) for path in FILES
+    } == {room for room in MAY_IMPORT if "." not in room}
