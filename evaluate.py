@@ -5,18 +5,18 @@ compared.
     python evaluate.py --systems sft=sp:out/sp/sft,rg:out/rg/sft oracle=sp:gold,rg:out/rg/sft \
         vanilla=vanilla:out/vanilla/dpo
 
-A system is a planner (sp) and a generator (rg), which answers under the planner's strategy, a
-planner alone, or one model for both (vanilla); each with the folder of its adapter, or "base";
-sp:gold takes the human strategies. Strategies are drawn from the exact distribution over all names
-(--decode scored), or written freely and parsed as the paper does (--decode free; what cannot be
-parsed is dropped from B and Q, and its rate reported). Replies are written under what the first
-seed draws.
+A system is a planner (sp) and a generator (rg), which answers under the planner's strategy; or a
+planner alone; or one model for both (vanilla). Each is given with the folder of its adapter, or
+with "base" for none; sp:gold takes the human strategies. With --decode scored strategies are drawn
+from the exact distribution over all names. With --decode free they are written and parsed, as the
+paper does: what cannot be parsed is left out of B and Q, and its rate is reported. Replies follow
+the strategies that the first seed draws.
 
 Prints tables with 95 % intervals (bootstrap over dialogues; differences to the first system are
-paired). Writes OUT/eval/results.json and answers.jsonl, a line a dialogue with what each system
-answered and a judge was asked and said; killed and run again it goes on where it was. A judge's
-ratings lie in ratings.csv, too, in which people can rate; --correlate ratings.csv then says how far
-it follows them."""
+paired). Writes OUT/eval/results.json and answers.jsonl. The latter has one line per dialogue: what
+each system answered, and what a judge was asked and said. Killed and run again, it goes on where it
+was. A judge's ratings are also written to ratings.csv, in which people can rate; --correlate
+ratings.csv then says how far the judge follows them."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,11 +26,17 @@ import torch
 import transformers
 
 from desc import __version__, cli
-from desc.esconv import Dialogue, load_splits
-from desc.evaluation import page
+from desc.esconv import Dialogue, first, load_splits
 from desc.evaluation.figures import load_matplotlib
+from desc.evaluation.page import write_page
 from desc.evaluation.scores import FREQUENCIES, frequency_row, summarise
-from desc.evaluation.systems import answer, criticise, find_systems, load_systems
+from desc.evaluation.systems import (
+    System,
+    annotate_and_judge,
+    answer_dialogue_as,
+    find_systems,
+    load_systems,
+)
 from desc.evaluation.tables import tables
 from desc.judging import agreement
 from desc.judging.annotator import make_annotator
@@ -59,7 +65,7 @@ class EvalConfig(cli.SampleConfig, cli.AskConfig):
         "scored", "how a strategy is found: all names scored in one pass, or written and parsed"
     )
     reply_dialogues: int = cli.flag(
-        0, "test dialogues that are answered in words, the first; 0 takes all, -1 none", at_least=-1
+        0, "test dialogues that are answered in words, the first; 0 means all, -1 none", at_least=-1
     )
     judge: Literal["none", "local", "endpoint"] = cli.flag(
         "none", "who rates replies and compares them: nobody, --model, --endpoint"
@@ -72,124 +78,157 @@ class EvalConfig(cli.SampleConfig, cli.AskConfig):
         None, "ratings.csv with people's ratings, to hold against the judge's instead of evaluating"
     )
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / "eval"
+
+    @property
+    def ratings_file(self) -> Path:
+        return self.folder / "ratings.csv"
+
+
+def refuse_early(config: EvalConfig) -> None:
+    """Raises DescError if the run would fail at its end: matplotlib is missing, or ratings.csv
+    holds what people wrote."""
+    if config.report:
+        load_matplotlib()
+    if config.judge != "none":
+        agreement.refuse_labelled(config.ratings_file)
+
+
+def find_replied(config: EvalConfig, test: list[Dialogue]) -> list[Dialogue]:
+    """The test dialogues that are answered in words, as --reply-dialogues says."""
+    if config.reply_dialogues < 0:
+        return []
+    return first(test, config.reply_dialogues)
+
+
+def journal_settings_of(config: EvalConfig, systems: list[System]) -> dict:
+    """What the answers depend on; answers that were made with anything else are not reused."""
+    settings = cli.answer_settings(
+        config, "systems", "reply_dialogues", "show", "report", "correlate"
+    )
+    settings["adapters"] = {system.name: system.digests() for system in systems}
+    settings["annotate"] = ""
+    if config.annotator == "local":
+        settings["annotate"] = adapter_digest(Path(config.out) / "annotate" / "sft")
+    return settings
+
+
+def read_curves(systems: list[System]) -> dict[str, list[dict]]:
+    """{"SYSTEM TASK": the records of metrics.jsonl} of the adapters that train_dpo.py made."""
+    curves = {}
+    for system in systems:
+        for task, adapter in system.adapters().items():
+            log = Path(adapter) / "metrics.jsonl"
+            if Path(adapter).name == "dpo" and log.exists():
+                curves[f"{system.name} {task}"] = read_lines(log)
+    return curves
+
 
 def show_turns(count: int, dialogues: list[Dialogue], answers: dict[str, list[dict]]) -> None:
-    """`count` turns, from as many dialogues as there are, with what each system answered."""
+    """Print `count` turns with what each system answered: the third turn of every dialogue, then
+    the fourth of every dialogue, ….
+
+    `answers` is {system: its records}, in the order of `dialogues`."""
     for number in range(count):
-        which, turn = number % len(dialogues), 2 + number // len(dialogues)
-        dialogue = dialogues[which]
-        turn = min(turn, len(dialogue) - 1)
-        print(
-            f"\nseeker    {dialogue.turns[2 * turn].text}\nhuman    "
-            f" [{dialogue.supporter(turn).strategy}] {dialogue.supporter(turn).text}"
-        )
+        earlier_rounds, index = divmod(number, len(dialogues))
+        dialogue = dialogues[index]
+        turn = min(2 + earlier_rounds, len(dialogue) - 1)
+        human = dialogue.supporter(turn)
+        print(f"\nseeker    {dialogue.history(turn)[-1].text}")
+        print(f"human     [{human.strategy}] {human.text}")
         for name, records in answers.items():
-            reply = records[which]["replies"][turn] if records[which]["replies"] else ""
-            print(f"{name:<9} [{records[which]['predicted'][0][turn]}] {reply}")
+            record = records[index]
+            strategy = record["predicted"][0][turn]
+            reply = record["replies"][turn] if record["replies"] else ""
+            print(f"{name:<9} [{strategy}] {reply}")
 
 
 def main():
     config = cli.parse(EvalConfig)
     if config.correlate:
-        return print(agreement.correlate(config.correlate, config.seed))
+        print(agreement.correlate_ratings(config.correlate, config.seed))
+        return
     device = ranks.join()
-    folder, systems = Path(config.out) / "eval", find_systems(config)
-    cli.choose_dtype(config, device, journal_settings(folder, "answers"))
+    systems = find_systems(config)
+    cli.choose_dtype(config, device, journal_settings(config.folder, "answers"))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
-    test = splits["test"][: config.eval_dialogues or None]
-    answered = (
-        {d.id for d in test[: config.reply_dialogues or None]}
-        if config.reply_dialogues >= 0
-        else set()
-    )
-    if config.report:
-        load_matplotlib()  # if it is missing, say so now
-    ratings = folder / "ratings.csv"
-    if config.judge != "none":
-        agreement.refuse_labelled(ratings)
+    test = first(splits["test"], config.eval_dialogues)
+    replied = find_replied(config, test)
+    refuse_early(config)
 
+    # Load the model, the annotator and the judge.
     model, tokenizer = load(config.model, config.torch_dtype, device)
-    loaded = load_systems(model, systems)
-    endpoint = Endpoint.of(config) if "endpoint" in (config.annotator, config.judge) else None
-    annotator, judge = (
-        make_annotator(config, model, tokenizer, endpoint),
-        make_judge(config, model, tokenizer, endpoint),
+    loaded = load_systems(model, tokenizer, systems)
+    uses_endpoint = "endpoint" in (config.annotator, config.judge)
+    endpoint = Endpoint.of(config) if uses_endpoint else None
+    annotator = make_annotator(config, model, tokenizer, endpoint)
+    judge = make_judge(config, model, tokenizer, endpoint)
+
+    # Answer each dialogue that has no line in the journal yet.
+    settings = journal_settings_of(config, systems)
+    journal = Journal(
+        config.folder, "answers", settings, ranks.rank(), ranks.world_size(), ranks.wait_for_all
     )
-    settings = cli.answer_settings(
-        config, "systems", "reply_dialogues", "show", "report", "correlate"
-    )
-    settings["adapters"] = {
-        name: {module: adapter_digest(Path(f)) or f for module, f in modules.items()}
-        for name, modules in systems.items()
-    }
-    settings["annotate"] = (
-        adapter_digest(Path(config.out) / "annotate" / "sft") if config.annotator == "local" else ""
-    )
-    journal = Journal(folder, "answers", settings, ranks.rank(), ranks.wait_for_all)
-    keys = [work_key(dialogue, strategies, dialogue.id in answered) for dialogue in test]
-    mine = [(k, d) for k, d in zip(keys, test) if k not in journal.done][
-        ranks.rank() :: ranks.world_size()
-    ]
-    bar = cli.progress(model, len(mine), "evaluate", "dialogues")
-    for k, dialogue in mine:
-        reply = dialogue.id in answered
-        said = {
-            name: answer(model, tokenizer, config, modules, dialogue, strategies, reply)
-            for name, modules in loaded.items()
-        }
-        transcript = criticise(annotator, judge, dialogue, said)
+    replied_ids = {dialogue.id for dialogue in replied}
+    keys = [work_key(dialogue, strategies, dialogue.id in replied_ids) for dialogue in test]
+    work = journal.left_for_me(dict(zip(keys, test)))
+    bar = cli.progress(model, len(work), "evaluate", "dialogues")
+    for key, dialogue in work:
+        with_replies = dialogue.id in replied_ids
+        records = {}
+        for system in systems:
+            records[system.name] = answer_dialogue_as(
+                system, loaded, config, dialogue, strategies, with_replies
+            )
+        transcript = annotate_and_judge(annotator, judge, dialogue, records)
         journal.append(
-            {"key": k, "dialogue": dialogue.id, "systems": said, "judgements": transcript}
+            {"key": key, "dialogue": dialogue.id, "systems": records, "judgements": transcript}
         )
         bar.update()
     bar.close()
-
     ranks.wait_for_all()
-    if ranks.rank():
+    if ranks.rank() > 0:
         return
-    records = journal.finish(keys)
-    answers = {name: [record["systems"][name] for record in records] for name in systems}
-    if judge:
-        agreement.write_ratings(ratings, test, answers)
-    rows = {FREQUENCIES: frequency_row(splits["train"], test, strategies)} | summarise(
-        answers, strategies, config
-    )
+
+    # Summarise: the first rank alone.
+    lines = journal.finish(keys)
+    answers = {}
+    for system in systems:
+        answers[system.name] = [line["systems"][system.name] for line in lines]
+    rows = {FREQUENCIES: frequency_row(splits["train"], test, strategies)}
+    rows |= summarise(answers, strategies, config)
     facts = {
         "desc": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "test dialogues": len(test),
+        "test data": work_key(*keys),
     }
-    facts |= {"test data": work_key(*keys), **asdict(config), **settings}
-    write_json(folder / "results.json", {"facts": facts, "systems": rows})
+    facts |= asdict(config) | settings
+
+    # Write and print.
+    if judge:
+        agreement.write_ratings(config.ratings_file, test, answers)
+    write_json(config.folder / "results.json", {"facts": facts, "systems": rows})
     print(
         f"\n{len(test)} test dialogues; percent but for B, nll (nats), ratings (0 to 5) and length"
         f" (words)\n\n{tables(rows)}"
     )
     if config.report:
-        logs = {
-            f"{name} {m}": Path(f) / "metrics.jsonl"
-            for name, modules in systems.items()
-            for m, f in modules.items()
-        }
-        curves = {
-            name: read_lines(path)
-            for name, path in logs.items()
-            if path.parent.name == "dpo" and path.exists()
-        }
         results = {
             "facts": facts,
             "strategies": list(strategies),
             "systems": rows,
             "answers": answers,
-            "curves": curves,
+            "curves": read_curves(systems),
+            "dialogues": [asdict(dialogue) for dialogue in test],
         }
-        page.write_page(
-            config.report, results | {"dialogues": [asdict(dialogue) for dialogue in test]}
-        )
+        write_page(config.report, results)
         print(f"\nthe report is {config.report}")
-    show_turns(config.show, [d for d in test if d.id in answered] or test, answers)
+    show_turns(config.show, replied or test, answers)
 
 
 if __name__ == "__main__":

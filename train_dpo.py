@@ -58,18 +58,18 @@ METRICS = (
 
 @dataclass
 class DPOConfig(cli.TrainConfig):
-    lr: float = cli.flag(5e-6, "peak learning rate; a 135M model wants about 5e-5", at_least=0)
+    lr: float = cli.flag(5e-6, "peak learning rate; a 135M model needs about 5e-5", at_least=0)
     epochs: int = cli.flag(1, "passes over the pairs", at_least=1)
     beta: float | None = cli.flag(
         None,
-        "how dearly leaving the reference is paid; smaller moves further. None: sp 0.5, rg and"
-        " vanilla 0.2",
+        "strength of the pull to the reference; smaller moves further. None: sp 0.5, rg and vanilla"
+        " 0.2",
     )
     label_smoothing: float = cli.flag(
         0.0, "share of pairs taken to be labelled the wrong way round", at_least=0, at_most=0.5
     )
     sft: str | None = cli.flag(None, "folder of the SFT adapter; None: OUT/TASK/sft")
-    eval_pairs: int = cli.flag(0, "validation pairs to score, the first; 0 takes all", at_least=0)
+    eval_pairs: int = cli.flag(0, "validation pairs to score, the first; 0 means all", at_least=0)
     pairs: str | None = cli.flag(
         None, "folder with pairs.jsonl and pairs.valid.jsonl; None: OUT/TASK"
     )

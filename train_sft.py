@@ -42,10 +42,10 @@ from desc.training.run import (
 
 @dataclass
 class SFTConfig(cli.TrainConfig):
-    lr: float = cli.flag(1e-5, "peak learning rate; a 135M model wants about 5e-4", at_least=0)
+    lr: float = cli.flag(1e-5, "peak learning rate; a 135M model needs about 5e-4", at_least=0)
     epochs: int = cli.flag(3, "passes over the training dialogues", at_least=1)
     train_dialogues: int = cli.flag(
-        0, "training dialogues to use, the first of the split; 0 takes all", at_least=0
+        0, "training dialogues to use, the first of the split; 0 means all", at_least=0
     )
     task: Literal[(*TASKS, "annotate")] = field(
         kw_only=True, metadata={"help": "planner, generator, both in one model, or annotator"}

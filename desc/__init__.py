@@ -1,11 +1,35 @@
 """desc: decoupled preference optimisation for emotional-support conversation, in plain PyTorch.
 
-Data flows one way through the modules: esconv -> prompts -> encoding -> tree -> modeling -> losses.
+The ground
+    storage/      whole files, journal, checkpoints, PEFT's adapter format, the two small models;
+                  imports nothing else of desc
+
+The method, in reading order; each file imports only those above it
+    strategies    the taxonomy, as a value
+    esconv        dialogues and their splits
+    prompts       (task, dialogue, turn) -> messages and completion
+    encoding      messages -> token ids
+    tree          token sequences -> a forest of prefix trees, packed under a token budget
+    attention     the tree's mask, as a GPU and as a CPU like it
+    modeling      a model, and the log-probabilities of a forest's sequences
+    lora          adapters: the layer, switching, stacking, merging
+    losses        SFT and DPO, pure functions of log-probabilities
+    sampling      exact distributions over strategies; replies that grow on the tree
+    mining        answer, annotate, route: from errors to preference pairs
+    metrics       preference bias B, Q, and intervals
+
+The wings; they import the method, never the reverse
+    training/     batches, the run and its optimizer, ranks, sharding, the memory estimate
+    judging/      annotator, judge, the endpoint that both may ask, agreement with people
+    evaluation/   systems, scores, tables, text overlap, the report page and its figures
+    chat/         python -m desc.chat
+
+cli serves the scripts: flags, errors, progress. tests/test_architecture.py holds this map.
 """
 
 __version__ = "0.1.0"
 
 
 class DescError(Exception):
-    """Something that the user can mend; its one-line message says what to do. Scripts print it
+    """Something that the user can mend. Its one-line message says what to do, and scripts print it
     without a traceback."""

@@ -1,11 +1,9 @@
 """Attention over a tree: FlexAttention on CUDA, block by block on the CPU.
 
-FlexAttention skips the blocks of 128 × 128 that a tree's mask hides; it has no backward on the CPU.
-There a block of queries meets little more than the keys that one of its queries may see: in
-depth-first order those are the block's own branches and their ancestors, so other branches and
-other dialogues cost next to nothing. Forwards that is SDPA on each block. SDPA's backward is slow
-on the CPU, so ours is written out; it computes the weights once more, which keeps less and makes a
-DPO step 1.3 times as fast as plain products did."""
+FlexAttention skips the blocks of 128 × 128 that a tree's mask hides, but it has no backward on the
+CPU. There we take one block of queries after another. In depth-first order the queries of a block
+see little but the block's own branches and their ancestors, so it reads those keys alone: other
+branches and other dialogues cost next to nothing."""
 
 from functools import cache, lru_cache
 
@@ -22,7 +20,8 @@ from desc.tree import Forest, sees
 
 NAME = "desc_tree"
 BLOCK = 192  # queries at a time, on the CPU
-# keys that lie nearly in a run are read as one, for that is cheaper than to gather them
+# Keys are read as one run if the run has at most so many times their number, because reading a run
+# is cheaper than gathering keys.
 SPARSE = 1.3
 
 
@@ -34,39 +33,35 @@ def compiled_flex():
 def flex_mask(forest: Forest, window: int | None = None) -> BlockMask:
     """The tree's mask (tree.sees) for FlexAttention: (1, 1, N, N), N a multiple of 128."""
     rule, nodes = sees(forest, window), len(forest.ids)
-    return create_block_mask(
-        lambda batch, head, query, key: rule(query, key),
-        None,
-        None,
-        nodes,
-        nodes,
-        device=forest.ids.device,
-    )
+
+    def visible(batch, head, query, key):
+        return rule(query, key)
+
+    return create_block_mask(visible, None, None, nodes, nodes, device=forest.ids.device)
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Transformers' attention interface: query (B, H, N, D), key and value (B, G, L, D) -> (B, N,
-    H, D), None.
+    """Transformers' attention interface: query (B, H, N, D), key and value (B, G, L, D) ->
+    (B, N, H, D), None.
 
-    A forest (B = 1, N = L) comes with a BlockMask, or with a bool mask (1, 1, N, N); anything else,
-    as generation with its cache, goes through SDPA."""
-    if odd := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
-        raise DescError(f"this model's attention has {', '.join(odd)}, which is not computed here")
+    A forest (B = 1, N = L) comes with a BlockMask, or on the CPU with a bool mask (1, 1, N, N).
+    Anything else, such as generation with its cache, goes through SDPA. Raises DescError for
+    attention with more to it than a mask."""
+    extra = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if extra:
+        raise DescError(
+            f"this model's attention has {', '.join(extra)}, which is not computed here"
+        )
     if isinstance(attention_mask, BlockMask):
-        output = compiled_flex()(
-            query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True
-        )
+        settings = {"block_mask": attention_mask, "scale": scaling, "enable_gqa": True}
+        output = compiled_flex()(query, key, value, **settings)
         return output.transpose(1, 2).contiguous(), None
-    if (
-        query.device.type != "cpu"
-        or attention_mask is None
-        or query.shape[0] > 1
-        or query.shape[2] != key.shape[2]
-    ):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    return BlockAttention.apply(query, key, value, attention_mask, scaling), None
+    is_forest = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    if query.device.type == "cpu" and attention_mask is not None and is_forest:
+        return BlockAttention.apply(query, key, value, attention_mask, scaling), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
 
 
 class SameMemory:
@@ -106,7 +101,8 @@ class BlockAttention(torch.autograd.Function):
 
     query (1, H, N, D), key and value (1, G, N, D), bool mask (1, 1, N, N) -> (1, N, H, D). Forward
     is SDPA on each block. SDPA's backward is slow on the CPU, so ours is written out. It computes
-    the weights w again instead of keeping them. With s = scaling · q kᵀ, w = softmax(s), o = w v:
+    the weights w again instead of keeping them: a DPO step is then 1.3 times as fast as with plain
+    products. With s = scaling · q kᵀ, w = softmax(s), o = w v:
 
         dv = wᵀ do,  dw = do vᵀ,  ds = w (dw − Σ w dw),  dq = scaling · ds k,  dk = scaling · dsᵀ q
     """

@@ -36,7 +36,7 @@ class Config:
     """Flags of every script."""
 
     model: str = flag("smollm2", "smollm2, toy, a Hub id or a folder")
-    strategies: str | None = flag(None, "a text file with another taxonomy, one strategy a line")
+    strategies: str | None = flag(None, "a text file with another taxonomy, one strategy per line")
     out: str = flag("out", "the folder under which every artefact lies")
     seed: int = flag(
         0,
@@ -71,7 +71,7 @@ class DataConfig(Config):
         None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1"
     )
     eval_dialogues: int = flag(
-        0, "held-out dialogues to use, the first of their split; 0 takes all", at_least=0
+        0, "held-out dialogues to use, the first of their split; 0 means all", at_least=0
     )
     max_tokens: int = flag(
         1024,
@@ -180,7 +180,7 @@ class TrainConfig(TaskConfig):
     )
     estimate: int = flag(
         0,
-        "print what the run costs on that many ranks (bytes a rank, steps, tokens) without loading"
+        "print what the run costs on that many ranks (bytes per rank, steps, tokens) without loading"
         " weights, and stop",
         at_least=0,
     )

@@ -1,5 +1,6 @@
-"""Messages -> token ids. Prompt and completion are tokenised apart, so no token can straddle their
-boundary (trl#2054)."""
+"""Messages -> token ids.
+
+Prompt and completion are tokenised apart, so no token can straddle their boundary (trl#2054)."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,15 +33,18 @@ class Item:
 
 @lru_cache
 def end_of_turn(tokenizer) -> int:
-    """The token with which this model's chat template ends an assistant's message (for Gemma, say,
-    not the eos token)."""
+    """The token with which this model's chat template ends an assistant's message. It may be
+    another than the eos token, as with Gemma.
+
+    Raises DescError if the template ends a message with no special token."""
     mark = "desc"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}], tokenize=False
-    )
-    tail = tokenizer(text[text.rindex(mark) + len(mark) :], add_special_tokens=False).input_ids
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    after_mark = text[text.rindex(mark) + len(mark) :]
+    tail = tokenizer(after_mark, add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    if not (ends := [token for token in tail if token in special]):
+    ends = [token for token in tail if token in special]
+    if not ends:
         raise DescError(
             "this model's chat template ends an assistant's message with no special token; use an"
             " instruct model"
@@ -50,14 +54,13 @@ def end_of_turn(tokenizer) -> int:
 
 @lru_cache
 def _special_texts(tokenizer) -> tuple[str, ...]:
-    return tuple(
-        {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())}
-    )
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    return tuple({*tokenizer.all_special_tokens, *added})
 
 
 def _plain(tokenizer, text: str) -> str:
-    """Utterances are data: "<|im_end|>" typed by a seeker must not end a turn, so such a text is
-    broken by a blank."""
+    """The text with every special token in it broken by a blank. Utterances are data: "<|im_end|>"
+    typed by a seeker must not end a turn."""
     for special in _special_texts(tokenizer):
         if len(special) > 1 and not special.isspace():
             text = text.replace(special, special[0] + " " + special[1:])
@@ -89,9 +92,9 @@ def encode(
     """Tokenise one prompt with each of its completions, dropping the oldest exchanges until all fit
     in `max_length` tokens.
 
-    `end=False` leaves the end-of-turn token out, for a completion that goes on (the tag of
-    "[strategy] reply"). Raises DescError where the system message, the latest turn and the
-    completion alone are too long."""
+    `end=False` leaves the end-of-turn token out, because the completion goes on (the tag of
+    "[strategy] reply"). Raises DescError if the system message, the latest turn and the completion
+    alone are too long."""
     ending = [end_of_turn(tokenizer)] if end else []
     tails = [
         tokenizer(_plain(tokenizer, text), add_special_tokens=False).input_ids + ending

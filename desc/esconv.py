@@ -2,6 +2,7 @@
 and the splits."""
 
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -50,29 +51,39 @@ def first(dialogues: list, count: int) -> list:
     return dialogues[:count] if count else dialogues
 
 
-def alternate(utterances: list[Turn]) -> tuple[Turn, ...]:
-    """Make the speakers alternate as the paper's released preprocessing does.
+def flatten(turns: Iterable[Turn], render: Callable[[str], str] = str) -> str:
+    """One line per utterance: its speaker, and its text as `render` writes it."""
+    return "".join(f"{turn.speaker}: {render(turn.text)}\n" for turn in turns)
 
-    Seeker utterances in a row are joined by a line break. Supporter utterances each stay a turn of
-    their own, with a seeker turn of one blank between them. "Hi" opens a dialogue that the
-    supporter opens. What the seeker says last is dropped."""
+
+def alternate(utterances: list[Turn]) -> tuple[Turn, ...]:
+    """Make the speakers alternate, as the paper's released preprocessing does.
+
+    - Seeker utterances in a row are joined by a line break.
+    - Supporter utterances each stay a turn, with a seeker turn of one blank between them.
+    - "Hi" opens a dialogue that the supporter opens.
+    - What the seeker says last is dropped."""
     turns: list[Turn] = []
-    for now in utterances:
+    for utterance in utterances:
         last = turns[-1].speaker if turns else None
-        if now.speaker == "seeker" == last:
-            turns[-1] = Turn("seeker", turns[-1].text + "\n" + now.text)
+        if utterance.speaker == "seeker" == last:
+            turns[-1] = Turn("seeker", turns[-1].text + "\n" + utterance.text)
             continue
-        if now.speaker == "supporter" and last != "seeker":
+        if utterance.speaker == "supporter" and last != "seeker":
             turns.append(Turn("seeker", " " if turns else "Hi"))
-        turns.append(now)
+        turns.append(utterance)
     return tuple(turns[: len(turns) // 2 * 2])
 
 
 def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Dialogue]:
-    """Read a file of dialogues, in its order, ids "0", "1", ….
+    """Read a file of dialogues, in its order, with the ids "0", "1", ….
 
-    The file is a JSON list in ESConv's official schema, an object that holds such a list as
-    "dialogues" (the sample), or JSON lines as on the Hub (speaker usr | sys, text, strategy).
+    The file is one of three things:
+
+    - a JSON list in ESConv's official schema,
+    - an object that holds such a list as "dialogues" (the sample),
+    - JSON lines as on the Hub (speaker usr | sys, text, strategy).
+
     Raises DescError naming file, dialogue and field."""
     records = read_records(path)
     if len(records) == 1 and isinstance(records[0], dict) and "dialogues" in records[0]:
@@ -82,56 +93,57 @@ def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Di
     dialogues = []
     for i, record in enumerate(records):
         where = f"{path}: dialogue {i}"
-        said = _field(record, "dialog", list, where)
-        turns = alternate(
-            [_utterance(one, f"{where}, utterance {k}", strategies) for k, one in enumerate(said)]
-        )
+        utterances = [
+            _utterance(utterance, f"{where}, utterance {k}", strategies)
+            for k, utterance in enumerate(_field(record, "dialog", list, where))
+        ]
+        turns = alternate(utterances)
         if not turns:
             raise DescError(f"{where}: field 'dialog' has no supporter utterance")
         dialogues.append(Dialogue(str(i), turns))
     return dialogues
 
 
-def _kind(value) -> str:
-    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(
-        type(value), f"{value!r}"
-    )
+KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+
+
+def _describe(value) -> str:
+    """What an error message calls a JSON value: "a list", or a number as it is."""
+    return KINDS.get(type(value), repr(value))
 
 
 def _field(record, name: str, kind: type, where: str):
-    """record[name], checked; a readable DescError otherwise."""
+    """record[name], checked. Raises DescError if it is missing, or of another kind."""
     if not isinstance(record, dict):
-        raise DescError(f"{where}: should be an object, not {_kind(record)}")
+        raise DescError(f"{where}: should be an object, not {_describe(record)}")
     if name not in record:
-        raise DescError(
-            f"{where}: field {name!r} is missing (it has {', '.join(map(repr, record)) or 'none'})"
-        )
-    if not isinstance(record[name], kind):
-        raise DescError(
-            f"{where}: field {name!r} should be {_kind(kind())}, not {_kind(record[name])}"
-        )
-    if kind is str and any("\ud800" <= c <= "\udfff" for c in record[name]):
+        names = ", ".join(map(repr, record)) or "none"
+        raise DescError(f"{where}: field {name!r} is missing (it has {names})")
+    value = record[name]
+    if not isinstance(value, kind):
+        raise DescError(f"{where}: field {name!r} should be {KINDS[kind]}, not {_describe(value)}")
+    if kind is str and any("\ud800" <= character <= "\udfff" for character in value):
         raise DescError(
             f"{where}: field {name!r} holds half a surrogate pair, which is no Unicode text"
         )
-    return record[name]
+    return value
 
 
 def _utterance(record, where: str, strategies: Strategies) -> Turn:
-    said = _field(record, "speaker", str, where)
-    if said not in SPEAKERS:
+    speaker = _field(record, "speaker", str, where)
+    if speaker not in SPEAKERS:
         raise DescError(
-            f"{where}: field 'speaker' is {said!r}; it should be one of {', '.join(SPEAKERS)}"
+            f"{where}: field 'speaker' is {speaker!r}; it should be one of {', '.join(SPEAKERS)}"
         )
-    hub = said in ("usr", "sys")
-    text = _field(record, "text" if hub else "content", str, where).strip()
+    from_hub = speaker in ("usr", "sys")
+    text_field = "text" if from_hub else "content"
+    text = _field(record, text_field, str, where).strip()
     if not text:
-        raise DescError(f"{where}: field {'text' if hub else 'content'!r} is empty")
-    if SPEAKERS[said] == "seeker":
+        raise DescError(f"{where}: field {text_field!r} is empty")
+    if SPEAKERS[speaker] == "seeker":
         return Turn("seeker", text)
-    strategy = _field(
-        record if hub else _field(record, "annotation", dict, where), "strategy", str, where
-    )
+    holder = record if from_hub else _field(record, "annotation", dict, where)
+    strategy = _field(holder, "strategy", str, where)
     if strategy not in strategies:
         raise DescError(
             f"{where}: field 'strategy' is {strategy!r}, no strategy of this"
@@ -146,35 +158,44 @@ def split(
     """{"train", "valid", "test"}: as `split_file` says ({"train": [index, …], …}), otherwise a
     seeded 8:1:1.
 
-    Raises DescError where the split file is malformed, leaves a split empty, names a dialogue twice
-    or one that is not there."""
+    Raises DescError if the split file is malformed, leaves a split empty, names a dialogue twice,
+    or names one that does not exist."""
     if split_file is None:
-        if len(dialogues) < 3:
-            raise DescError(
-                f"{len(dialogues)} dialogues cannot be split in train, valid and test; give at"
-                " least 3"
-            )
-        order = random.Random(seed).sample(range(len(dialogues)), len(dialogues))
-        tenth = max(1, round(len(dialogues) / 10))
-        parts = {
-            "train": sorted(order[2 * tenth :]),
-            "valid": sorted(order[:tenth]),
-            "test": sorted(order[tenth : 2 * tenth]),
-        }
+        indices = random_split(len(dialogues), seed)
     else:
-        (parts,) = read_records(split_file)[:1] or [None]
-        for name in SPLITS:
-            if not _field(parts, name, list, split_file):
-                raise DescError(f"{split_file}: {name} is empty")
-            for i in parts[name]:
-                if type(i) is not int or not 0 <= i < len(dialogues):
-                    raise DescError(
-                        f"{split_file}: {name}: {i!r} is no index into {len(dialogues)} dialogues"
-                    )
-        chosen = [i for name in SPLITS for i in parts[name]]
-        if len(set(chosen)) < len(chosen):
-            raise DescError(f"{split_file}: a dialogue stands in two places")
-    return {name: [dialogues[i] for i in parts[name]] for name in SPLITS}
+        indices = read_split(split_file, len(dialogues))
+    return {name: [dialogues[i] for i in indices[name]] for name in SPLITS}
+
+
+def random_split(count: int, seed: int) -> dict[str, list[int]]:
+    """The indices of a seeded 8:1:1 split of `count` dialogues."""
+    if count < 3:
+        raise DescError(
+            f"{count} dialogues cannot be split in train, valid and test; give at least 3"
+        )
+    order = random.Random(seed).sample(range(count), count)
+    tenth = max(1, round(count / 10))
+    return {
+        "train": sorted(order[2 * tenth :]),
+        "valid": sorted(order[:tenth]),
+        "test": sorted(order[tenth : 2 * tenth]),
+    }
+
+
+def read_split(path: str, count: int) -> dict[str, list[int]]:
+    """The indices in a split file, checked against the number of dialogues."""
+    records = read_records(path)
+    indices = records[0] if records else None
+    for name in SPLITS:
+        if not _field(indices, name, list, path):
+            raise DescError(f"{path}: {name} is empty")
+        for i in indices[name]:
+            if type(i) is not int or not 0 <= i < count:
+                raise DescError(f"{path}: {name}: {i!r} is no index into {count} dialogues")
+    chosen = [i for name in SPLITS for i in indices[name]]
+    if len(set(chosen)) < len(chosen):
+        raise DescError(f"{path}: a dialogue stands in two places")
+    return indices
 
 
 def load_splits(

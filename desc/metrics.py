@@ -15,10 +15,10 @@ from desc.strategies import ESCONV, Strategies
 def confusion(
     gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV
 ) -> np.ndarray:
-    """(K, K) counts, [i, j] the turns predicted i whose gold is j."""
+    """Counts (K, K): [i, j] are the turns that were predicted i and whose gold is j."""
     counts = np.zeros((len(strategies), len(strategies)))
-    for g, p in zip(gold, predicted, strict=True):
-        counts[strategies.index(p), strategies.index(g)] += 1
+    for right, guess in zip(gold, predicted, strict=True):
+        counts[strategies.index(guess), strategies.index(right)] += 1
     return counts
 
 
@@ -31,8 +31,8 @@ class PreferenceBias:
 def preference_bias(
     gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV
 ) -> PreferenceBias:
-    """Kang et al. 2024: a Bradley-Terry strength for each strategy, "predicted i where gold was j"
-    being a win of i over j."""
+    """Kang et al. 2024: a Bradley-Terry strength for each strategy. A turn predicted i whose gold
+    is j is a win of i over j."""
     return bias_of_confusion(confusion(gold, predicted, strategies))
 
 
@@ -42,10 +42,13 @@ def bias_of_confusion(counts: np.ndarray, sweeps: int = 20) -> PreferenceBias:
 
         p_i ← Σ_{j≠i} w_ij p_j / (p_i + p_j)  ÷  Σ_{j≠i} w_ji / (p_i + p_j)
 
-    and divides by the geometric mean of the positive entries. The formula leaves three cases open.
-    A strategy in no error at all is neither preferred nor avoided: p = 1, apart from the others.
-    One that no error missed has a zero denominator and an unbounded strength: its p stays what it
-    is before each sweep scales. One that is never predicted wrongly gets p = 0."""
+    Then it divides by the geometric mean of the positive entries. The formula leaves three cases
+    open:
+
+    - A strategy in no error at all is neither preferred nor avoided: p = 1, apart from the others.
+    - One that no error missed has a zero denominator and an unbounded strength: its p stays what it
+      is before each sweep scales.
+    - One that is never predicted wrongly gets p = 0."""
     w = counts * (1 - np.eye(counts.shape[-1]))
     erring = w.sum(-1) + w.sum(-2) > 0
     p = erring.astype(float)
@@ -54,10 +57,12 @@ def bias_of_confusion(counts: np.ndarray, sweeps: int = 20) -> PreferenceBias:
             pair = p[..., i, None] + p
             # two strengths of zero: i wins nothing, so its p stays zero whatever it lost
             pair[pair == 0] = 1
-            wins, losses = (w[..., i, :] * p / pair).sum(-1), (w[..., i] / pair).sum(-1)
+            wins = (w[..., i, :] * p / pair).sum(-1)
+            losses = (w[..., i] / pair).sum(-1)
             p[..., i] = np.divide(wins, losses, out=p[..., i].copy(), where=losses > 0)
         logs = np.log(p, out=np.zeros_like(p), where=p > 0)
-        p /= np.exp(logs.sum(-1, keepdims=True) / np.maximum((p > 0).sum(-1, keepdims=True), 1))
+        positive = np.maximum((p > 0).sum(-1, keepdims=True), 1)
+        p /= np.exp(logs.sum(-1, keepdims=True) / positive)
     scale = erring.sum(-1, keepdims=True) / np.maximum(p.sum(-1, keepdims=True), 1e-12)
     preferences = np.where(erring, p * scale, 1.0)
     return PreferenceBias(preferences.std(-1), preferences)
@@ -80,25 +85,25 @@ def strategy_scores(
 
 
 def scores_of_confusion(counts: np.ndarray) -> StrategyScores:
-    """F1_i = 2 w_ii / (predicted i + gold i), 0 where a strategy is neither predicted nor gold.
+    """F1_i = 2 w_ii / (predicted i + gold i), 0 if a strategy is neither predicted nor gold.
     counts (…, K, K)."""
-    hits, predicted, gold = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    predicted, gold = counts.sum(-1), counts.sum(-2)
     f1 = 2 * hits / np.maximum(predicted + gold, 1e-12)
     total = np.maximum(gold.sum(-1), 1e-12)
     return StrategyScores(hits.sum(-1) / total, f1.mean(-1), (f1 * gold).sum(-1) / total)
 
 
 def resample(groups: Sequence[np.ndarray], samples: int = 1000, seed: int = 0) -> np.ndarray:
-    """(samples, …): the sum of the groups' arrays (…), each time of as many groups drawn with
-    replacement (the bootstrap).
+    """The bootstrap: (samples, …), each the sum of the arrays (…) of as many groups as there are,
+    drawn with replacement.
 
-    Groups are dialogues: the turns of one dialogue are not independent. The same seed draws the
-    same groups, so that what two systems say of the same dialogues is paired."""
+    Groups are dialogues, because the turns of one dialogue are not independent. The same seed draws
+    the same groups, so two systems' values on the same dialogues are paired."""
     number = len(groups)
-    drawn = np.random.default_rng(seed).multinomial(
-        number, np.full(number, 1 / number), size=samples
-    )
-    return np.tensordot(drawn.astype(float), np.stack(groups), axes=1)
+    generator = np.random.default_rng(seed)
+    times_drawn = generator.multinomial(number, np.full(number, 1 / number), size=samples)
+    return np.tensordot(times_drawn.astype(float), np.stack(groups), axes=1)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -109,24 +114,25 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def expected_confusion(
     probabilities: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV
 ) -> np.ndarray:
-    """The (K, K) confusion matrix that sampling from `probabilities` (T, K) has on average: no
-    sampling noise."""
-    return probabilities.T @ np.eye(len(strategies))[[strategies.index(name) for name in gold]]
+    """The confusion matrix (K, K) that sampling from `probabilities` (T, K) has on average: it is
+    free of sampling noise."""
+    one_hot = np.eye(len(strategies))[[strategies.index(name) for name in gold]]  # (T, K)
+    return probabilities.T @ one_hot
 
 
 def negative_log_likelihood(
     logps: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV
 ) -> float:
-    """− mean log p(gold strategy), nats a turn, of a planner's exact distribution: logps (T, K)."""
-    return -float(
-        np.mean([row[strategies.index(name)] for row, name in zip(logps, gold, strict=True)])
-    )
+    """− mean log p(gold strategy) of a planner's exact distribution, logps (T, K): nats per
+    turn."""
+    of_gold = [row[strategies.index(name)] for row, name in zip(logps, gold, strict=True)]
+    return -float(np.mean(of_gold))
 
 
 def top_hits(
     logps: np.ndarray, gold: Sequence[str], k: int, strategies: Strategies = ESCONV
 ) -> int:
-    """In how many turns the gold strategy is among the k likeliest: logps (T, K)."""
+    """In how many turns the gold strategy is among the k likeliest, of logps (T, K)."""
     likeliest = np.argsort(-logps, axis=1, kind="stable")[:, :k]
     return sum(strategies.index(name) in row for name, row in zip(gold, likeliest, strict=True))
 
@@ -134,22 +140,18 @@ def top_hits(
 def calibration_counts(
     logps: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV, bins: int = 10
 ) -> np.ndarray:
-    """(bins, 3), to be summed over dialogues: how many turns give their likeliest strategy a
-    probability in that tenth of 0 … 1, the sum of these probabilities, and how many of these
-    strategies are gold. logps (T, K)."""
+    """Counts (bins, 3) of a planner's logps (T, K), to be summed over dialogues. For each equal
+    part of 0 … 1: the turns whose likeliest strategy has a probability in it, the sum of these
+    probabilities, and how many of these strategies are gold."""
     counts, likeliest = np.zeros((bins, 3)), np.exp(logps).max(1)
     for confidence, best, name in zip(likeliest, logps.argmax(1), gold, strict=True):
-        counts[min(int(confidence * bins), bins - 1)] += (
-            1,
-            confidence,
-            best == strategies.index(name),
-        )
+        bin_index = min(int(confidence * bins), bins - 1)
+        counts[bin_index] += (1, confidence, best == strategies.index(name))
     return counts
 
 
 def calibration_error(counts: np.ndarray) -> np.ndarray:
     """Expected calibration error (…), 0 … 1 (Guo et al. 2017), of calibration_counts (…, bins, 3):
-    |confidence − accuracy|, weighted."""
-    return np.abs(counts[..., 1] - counts[..., 2]).sum(-1) / np.maximum(
-        counts[..., 0].sum(-1), 1e-12
-    )
+    |confidence − accuracy|, weighted by turns."""
+    turns, confidence, right = counts[..., 0], counts[..., 1], counts[..., 2]
+    return np.abs(confidence - right).sum(-1) / np.maximum(turns.sum(-1), 1e-12)

@@ -1,14 +1,13 @@
-"""Inferential Preference Mining: let the modules answer the turns of training dialogues, have what
-they answered judged, and route what is wrong to the module whose fault it is, paired with the human
-answer.
+"""Inferential Preference Mining: the modules answer the turns of training dialogues, an annotator
+names what is wrong with their answers, and each error becomes a pair for the module whose fault it
+is: chosen is the human answer, rejected the module's.
 
-A module's answers (`answer_dialogue`) and the judgements on them (`judge`) are kept; which pairs
-they make (`route`) is a pure function of them, so another routing of the same answers costs
-nothing."""
+The answers (`answer_dialogue`) and the judgements on them (`annotate`) are kept. Which pairs they
+make (`route`) is a pure function of both, so another routing of the same answers costs nothing."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from desc import DescError
@@ -19,15 +18,18 @@ from desc.storage.files import read_lines
 from desc.strategies import Strategies
 
 MISMATCH = "strategy mismatch"
-# what makes a pair for the generator
+# The errors of replies, which make pairs for the generator.
 OF_REPLIES = ("lack of empathy", "early emotion shift", "template response")
 LABELS = (MISMATCH, *OF_REPLIES, "emotion misread", "none")
 UNREADABLE = "unreadable"  # what an endpoint wrote was no judgement
+ROUTINGS = ("released", "paper", "all-to-rg")
+# Which errors make a pair for which task.
+FAULTS = {"sp": (MISMATCH,), "rg": OF_REPLIES, "vanilla": (MISMATCH, *OF_REPLIES)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A supporter turn to judge, after `history`, whose last turn is the seeker's."""
+    """A supporter turn for an annotator, after `history`, whose last turn is the seeker's."""
 
     history: tuple[Turn, ...]
     strategy: str
@@ -37,15 +39,11 @@ class Case:
 @dataclass(frozen=True)
 class Judgement:
     error: str  # one of LABELS, or UNREADABLE
-    confidence: float  # 0 … 1: the label's share of probability; an endpoint's own word for it
+    confidence: float  # 0 … 1: the label's share of probability, or an endpoint's own word for it
     explanation: str = ""
 
 
-Annotator = Callable[[list[Case]], list[Judgement]]  # of one dialogue's cases
-
-ROUTINGS = ("released", "paper", "all-to-rg")
-# which errors make a pair for which task
-FAULTS = {"sp": (MISMATCH,), "rg": OF_REPLIES, "vanilla": (MISMATCH, *OF_REPLIES)}
+Annotator = Callable[[list[Case]], list[Judgement]]  # takes the cases of one dialogue
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,10 @@ def encode_pair(tokenizer, pair: Pair, max_length: int) -> Item:
 
 
 def read_pairs(path: Path, task: str) -> list[Pair]:
-    """Pairs of `task` from a file of JSON lines. Raises DescError naming the line where it holds
-    none, another task's, or one twice."""
+    """The pairs of `task` in a file of JSON lines.
+
+    Raises DescError naming the line that holds no pair, one of another task, or one that stands
+    twice."""
     pairs, ids = [], set()
     for number, record in enumerate(read_lines(path), 1):
         try:
@@ -90,13 +90,10 @@ def read_pairs(path: Path, task: str) -> list[Pair]:
             raise DescError(
                 f"{path}: line {number} is no preference pair ({type(error).__name__}: {error})"
             ) from None
-        if pair.task != task or pair.id in ids:
-            problem = (
-                f"is of task {pair.task!r}, not {task!r}"
-                if pair.task != task
-                else f"has the id {pair.id!r} of a line before"
-            )
-            raise DescError(f"{path}: line {number} {problem}")
+        if pair.task != task:
+            raise DescError(f"{path}: line {number} is of task {pair.task!r}, not {task!r}")
+        if pair.id in ids:
+            raise DescError(f"{path}: line {number} has the id {pair.id!r} of a line before")
         ids.add(pair.id)
         pairs.append(pair)
     if not pairs:
@@ -106,17 +103,16 @@ def read_pairs(path: Path, task: str) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the modules said at supporter turn `turn`, and what the annotator says of it."""
+    """What the modules answered at supporter turn `turn`, and what the annotator says of it."""
 
     turn: int
-    # drawn by the planner, or the human's where only replies are mined; None where none could be
-    # read
+    # Drawn by the planner, or the human's if only replies are mined. None if no strategy could be
+    # read in what was written.
     strategy: str | None
-    # "" where only strategies are mined; whatever was written where no strategy could be read
+    # "" if only strategies are mined. All that was written if no strategy could be read in it.
     reply: str
     judged: Judgement | None = None
-    # the same annotator on the human answer, where the routing asks for it
-    human: Judgement | None = None
+    human: Judgement | None = None  # of the human answer, if the routing asks for it
 
     @staticmethod
     def read(record: dict) -> "Answer":
@@ -128,162 +124,174 @@ def answer_dialogue(
     sampler, task: str, routing: str, dialogue: Dialogue, samples: int
 ) -> list[Answer]:
     """`samples` answers at every supporter turn, on the human history (sampler:
-    desc.sampling.LocalSampler or EndpointSampler).
+    desc.sampling.LocalSampler or desc.judging.endpoint.EndpointSampler).
 
     As released, each module is asked for its own part: sp for a strategy, rg for a reply under the
-    human strategy. Otherwise both answer together as they will be used: the planner's strategy, and
-    the generator's reply under it."""
+    human strategy. Otherwise both answer together, as they will be used: the planner's strategy,
+    and the generator's reply under it."""
     turns = [turn for turn in range(len(dialogue)) for _ in range(samples)]
     if task == "vanilla":
-        return [Answer(turn, *said) for turn, said in zip(turns, sampler.whole(dialogue, turns))]
+        answers = zip(turns, sampler.whole(dialogue, turns))
+        return [Answer(turn, strategy, reply) for turn, (strategy, reply) in answers]
     if task == "rg" and routing == "released":
         written = [dialogue.supporter(turn).strategy for turn in turns]
     else:
         written = sampler.plan(dialogue, turns)
     planned = [sampler.strategies.parse(text) for text in written]
-    known = [(turn, strategy) for turn, strategy in zip(turns, planned) if strategy]
-    replies = iter(
-        [""] * len(known)
-        if task == "sp" and routing == "released"
-        else sampler.write(dialogue, known)
-    )
+    readable = [i for i, strategy in enumerate(planned) if strategy]
+    replies = list(written)  # of a strategy that cannot be read, all that was written is kept
+    if task == "sp" and routing == "released":
+        replies = ["" if strategy else text for strategy, text in zip(planned, written)]
+    else:
+        replied = sampler.write(dialogue, [(turns[i], planned[i]) for i in readable])
+        for i, reply in zip(readable, replied):
+            replies[i] = reply
+    return [Answer(*answer) for answer in zip(turns, planned, replies)]
+
+
+def annotate(
+    annotator: Annotator, routing: str, dialogue: Dialogue, answers: list[Answer]
+) -> list[Answer]:
+    """The answers with the annotator's judgements; as released, with those of the human answers,
+    too. Equal answers to a turn are annotated once."""
+    complete = [answer for answer in answers if answer.reply and answer.strategy]
+    cases: dict[object, Case] = {}  # by answer, and by turn for the human answer
+    for answer in complete:
+        history = dialogue.history(answer.turn)
+        cases[answer] = Case(history, answer.strategy, answer.reply)
+    if routing == "released":
+        for answer in complete:
+            human = dialogue.supporter(answer.turn)
+            cases[answer.turn] = Case(dialogue.history(answer.turn), human.strategy, human.text)
+    if not cases:
+        return answers
+    judged = dict(zip(cases, annotator(list(cases.values()))))
     return [
-        Answer(turn, name, next(replies) if name else text)
-        for turn, name, text in zip(turns, planned, written)
+        replace(answer, judged=judged.get(answer), human=judged.get(answer.turn))
+        for answer in answers
     ]
 
 
-def judge(
-    annotator: Annotator, routing: str, dialogue: Dialogue, answers: list[Answer]
-) -> list[Answer]:
-    """The answers with their judgements; as released, those of the human answers too. Equal answers
-    to a turn are judged once."""
-    theirs = {
-        a: Case(dialogue.history(a.turn), a.strategy, a.reply)
-        for a in answers
-        if a.reply and a.strategy
-    }
-    gold = {a.turn: dialogue.supporter(a.turn) for a in theirs if routing == "released"}
-    ours = {
-        turn: Case(dialogue.history(turn), human.strategy, human.text)
-        for turn, human in gold.items()
-    }
-    cases = [*theirs.values(), *ours.values()]
-    judged = annotator(cases) if cases else []
-    of_answer, of_human = dict(zip(theirs, judged)), dict(zip(ours, judged[len(theirs) :]))
-    return [replace(a, judged=of_answer.get(a), human=of_human.get(a.turn)) for a in answers]
-
-
 def find_error(
-    task: str, routing: str, gold: Turn, answer: Answer, least: float = 0.0
+    task: str, routing: str, gold: Turn, answer: Answer, least_confidence: float = 0.0
 ) -> tuple[str | None, str]:
-    """(what is wrong with an answer, ""), or (None, why it makes no pair). `least` is the
-    confidence that a judgement must have.
+    """(the error of an answer that makes a pair, ""), or (None, why it makes none).
+
+    A judgement needs `least_confidence`. What makes a pair depends on the routing:
 
     released   sp: the strategy differs from the human's.
                rg, vanilla: the annotator finds fault with the answer, and none with the human's.
                Without an annotator any reply that differs from the human's is taken to be worse
                ("unjudged").
-    paper      what the annotator says decides: a strategy mismatch is the planner's fault, the
-               errors of replies are the generator's.
-    all-to-rg  the ablation: a mismatch is the generator's fault too."""
+    paper      The annotator decides: a strategy mismatch is the planner's fault, and the errors of
+               replies are the generator's.
+    all-to-rg  The ablation: a mismatch is the generator's fault, too."""
     if answer.strategy is None or (task != "sp" and not answer.reply):
         return None, "empty or unreadable answer"
-    if (
-        build_completion(task, answer.strategy, answer.reply).split()
-        == build_completion(task, gold.strategy, gold.text).split()
-    ):
+    written = build_completion(task, answer.strategy, answer.reply)
+    if written.split() == build_completion(task, gold.strategy, gold.text).split():
         return None, "the human answer"
     if routing == "released" and (task == "sp" or answer.judged is None):
-        return (MISMATCH if task != "rg" and answer.strategy != gold.strategy else "unjudged"), ""
+        other_strategy = task != "rg" and answer.strategy != gold.strategy
+        return (MISMATCH if other_strategy else "unjudged"), ""
     if answer.judged is None:
         return None, "empty or unreadable answer"
     error = answer.judged.error
-    if error in ("none", UNREADABLE) or answer.judged.confidence < least:
-        return None, {"none": "nothing wrong", UNREADABLE: "unreadable judgement"}.get(
-            error, "unsure judgement"
-        )
-    if error not in FAULTS[task] and not (routing == "all-to-rg" and error == MISMATCH):
+    if error == "none":
+        return None, "nothing wrong"
+    if error == UNREADABLE:
+        return None, "unreadable judgement"
+    if answer.judged.confidence < least_confidence:
+        return None, "unsure judgement"
+    faults = FAULTS[task]
+    if routing == "all-to-rg":
+        faults = (MISMATCH, *faults)
+    if error not in faults:
         return None, f"not this module's fault: {error}"
     if answer.human and answer.human.error in (*OF_REPLIES, UNREADABLE):
         return None, "no sound human answer"
     return error, ""
 
 
+@dataclass
+class Routed:
+    """The pairs of some dialogues, and what became of their answers."""
+
+    answers: list[Answer] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    rejected_strategies: list[str] = field(default_factory=list)  # of each pair
+    dropped: Counter = field(default_factory=Counter)  # answers that made no pair, by reason
+
+
 def route(
     task: str,
     routing: str,
-    dialogue: Dialogue,
-    answers: list[Answer],
+    dialogues: Iterable[tuple[Dialogue, list[Answer]]],
     strategies: Strategies,
-    least: float = 0.0,
-) -> tuple[list[Pair], list[str], Counter]:
-    """The pairs of one dialogue, chosen the human answer, rejected the modules'; the strategies of
-    the rejected; and how many answers made none, by reason.
+    least_confidence: float = 0.0,
+) -> Routed:
+    """The pairs that dialogues' answers make: chosen is the human answer, rejected the modules'.
 
-    A pair's prompt for rg names the human strategy, which the chosen reply follows."""
-    pairs, planned, dropped, seen = [], [], Counter(), set()
-    for answer in answers:
-        gold = dialogue.supporter(answer.turn)
-        error, reason = find_error(task, routing, gold, answer, least)
-        if error is None:
-            dropped[reason] += 1
-            continue
-        rejected = build_completion(task, answer.strategy, answer.reply)
-        if (same := (answer.turn, *rejected.split())) in seen:
-            dropped["repeated"] += 1
-            continue
-        seen.add(same)
-        number = sum(pair.turn == answer.turn for pair in pairs)
-        name = f"{task}/{dialogue.id}/{answer.turn}" + (f"/{number}" if number else "")
-        prompt = build_messages(task, dialogue, answer.turn, gold.strategy, strategies)
-        chosen = build_completion(task, gold.strategy, gold.text)
-        pairs.append(
-            Pair(
-                name, task, dialogue.id, answer.turn, gold.strategy, error, prompt, chosen, rejected
+    A pair's prompt for rg names the human strategy, which the chosen reply follows. Equal answers
+    to a turn make one pair."""
+    routed = Routed()
+    for dialogue, answers in dialogues:
+        routed.answers += answers
+        seen: set[tuple[str, ...]] = set()  # rejected answers: the turn and the words
+        pairs_of_turn: Counter = Counter()
+        for answer in answers:
+            turn = answer.turn
+            gold = dialogue.supporter(turn)
+            error, reason = find_error(task, routing, gold, answer, least_confidence)
+            if error is None:
+                routed.dropped[reason] += 1
+                continue
+            rejected = build_completion(task, answer.strategy, answer.reply)
+            same = (str(turn), *rejected.split())
+            if same in seen:
+                routed.dropped["repeated"] += 1
+                continue
+            seen.add(same)
+            name = f"{task}/{dialogue.id}/{turn}"
+            if pairs_of_turn[turn]:
+                name += f"/{pairs_of_turn[turn]}"
+            pairs_of_turn[turn] += 1
+            prompt = build_messages(task, dialogue, turn, gold.strategy, strategies)
+            chosen = build_completion(task, gold.strategy, gold.text)
+            pair = Pair(
+                name, task, dialogue.id, turn, gold.strategy, error, prompt, chosen, rejected
             )
-        )
-        planned.append(answer.strategy)
-    return pairs, planned, dropped
+            routed.pairs.append(pair)
+            routed.rejected_strategies.append(answer.strategy)
+    return routed
 
 
-def account(
-    task: str,
-    routed: Iterable[tuple[list[Answer], list[Pair], list[str], Counter]],
-    strategies: Strategies,
-) -> dict:
-    """What was found, kept and dropped over dialogues, each its answers and what `route` makes of
-    them, and what looks wrong: too much of one strategy, or too few template responses, are how the
-    paper says that mining fails."""
-    answers, pairs, rejected, dropped = [], [], [], Counter()
-    for said, kept, planned, reasons in routed:
-        answers, pairs, rejected, dropped = (
-            answers + said,
-            pairs + kept,
-            rejected + planned,
-            dropped + reasons,
-        )
-    found = {
-        "answers": len(answers),
-        "judged": Counter(a.judged.error for a in answers if a.judged),
+def account(task: str, routed: Routed, strategies: Strategies) -> dict:
+    """What was mined, kept and dropped, as mining.json has it, with warnings.
+
+    It warns of too much of one strategy, or of too few template responses: that is how mining
+    fails, according to the paper."""
+    pairs = routed.pairs
+    chosen = Counter(pair.strategy for pair in pairs)
+    rejected = Counter(routed.rejected_strategies)
+    counts = {
+        "answers": len(routed.answers),
+        "judged": Counter(answer.judged.error for answer in routed.answers if answer.judged),
         "pairs": len(pairs),
         "kept": Counter(pair.error for pair in pairs),
-        "dropped": dropped,
-        "chosen strategies": {
-            name: sum(pair.strategy == name for pair in pairs) for name in strategies
-        },
-        "rejected strategies": {name: rejected.count(name) for name in strategies},
-        "warnings": [],
+        "dropped": routed.dropped,
+        "chosen strategies": {name: chosen[name] for name in strategies},
+        "rejected strategies": {name: rejected[name] for name in strategies},
     }
+    warnings = []
     for side in ("chosen strategies", "rejected strategies"):
-        name = max(found[side], key=found[side].get)
-        if found[side][name] > len(pairs) / 2 and len(pairs) >= 20:
-            share = f"{100 * found[side][name] / len(pairs):.0f} %"
-            found["warnings"].append(
-                f"{name} makes {share} of the {side}: DPO would learn little else"
-            )
-    if task != "sp" and found["judged"] and found["kept"]["template response"] < 0.05 * len(pairs):
-        found["warnings"].append(
+        name = max(counts[side], key=counts[side].get)
+        if len(pairs) >= 20 and counts[side][name] > len(pairs) / 2:
+            share = f"{100 * counts[side][name] / len(pairs):.0f} %"
+            warnings.append(f"{name} makes {share} of the {side}: DPO would learn little else")
+    templates = counts["kept"]["template response"]
+    if task != "sp" and counts["judged"] and templates < 0.05 * len(pairs):
+        warnings.append(
             "fewer than 5 % of the pairs are template responses: replies may stay generic"
         )
-    return found
+    return counts | {"warnings": warnings}

@@ -48,52 +48,51 @@ def load(
     device: torch.device | str = "cpu",
     empty: bool = False,
 ):
-    """(model, tokenizer) for "toy", "smollm2", a Hub id or a folder; safetensors only, no code from
-    the Hub is run.
+    """(model, tokenizer) of "toy", "smollm2", a Hub id or a folder. Only safetensors are read, and
+    no code from the Hub is run.
 
-    dtype None means native_dtype(device). `empty` leaves the weights on the meta device, for
-    `sharding.shard` and `read_weights` to come, or to plan with. Raises DescError if it cannot
-    be had, has no chat template, or has layers that a prefix tree cannot run."""
+    `dtype` None means native_dtype(device). `empty` leaves the weights on the meta device, because
+    they are sharded and read later, or because only their shapes are needed. Raises DescError if
+    the model cannot be had, has no chat template, or has layers that a prefix tree cannot run."""
     folder, dtype = zoo.locate(name), dtype or native_dtype(device)
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise DescError(
-            f"--model {name}: cannot be loaded ({str(error).splitlines()[0]})"
-        ) from None
-    if not tokenizer.chat_template:
-        raise DescError(f"--model {name}: has no chat template; use an instruct model")
-    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if odd or not hasattr(config, "num_attention_heads"):
-        raise DescError(
-            f"--model {name}: {', '.join(sorted(odd)) or config.model_type} layers cannot run on a"
-            " prefix tree"
-        )
-    kernel = attention.register()
+        reason = str(error).splitlines()[0]
+        raise DescError(f"--model {name}: cannot be loaded ({reason})") from None
+    check_architecture(name, config, tokenizer)
+    kernel = {"dtype": dtype, "attn_implementation": attention.register()}
     try:
         if empty:
             with register_module_parameter_registration_hook(_without_values):
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=kernel
-                )
+                model = AutoModelForCausalLM.from_config(config, **kernel)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=kernel, use_safetensors=True
-            )
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **kernel)
+            model = model.to(device)
     except (OSError, ValueError) as error:
-        raise DescError(
-            f"--model {name}: weights cannot be loaded ({str(error).splitlines()[0]})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise DescError(f"--model {name}: weights cannot be loaded ({reason})") from None
     # A model's own sampling defaults (top_k, repetition penalty) must not leak into ours.
     stop = end_of_turn(tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
     model.name_or_path = str(folder)
-    return (model if empty else model.to(device)).eval(), tokenizer
+    return model.eval(), tokenizer
+
+
+def check_architecture(name: str, config, tokenizer) -> None:
+    """Raises DescError if the model has no chat template, or layers that a tree cannot run."""
+    if not tokenizer.chat_template:
+        raise DescError(f"--model {name}: has no chat template; use an instruct model")
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    other = layer_types - {"full_attention", "sliding_attention"}
+    if other or not hasattr(config, "num_attention_heads"):
+        kinds = ", ".join(sorted(other)) or config.model_type
+        raise DescError(f"--model {name}: {kinds} layers cannot run on a prefix tree")
 
 
 def _without_values(module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    """As a hook: parameters get no values, whereas buffers (of rotary embeddings, say) are computed
+    """A hook by which parameters get no values. Buffers, such as rotary embeddings', are computed
     as ever."""
     if not parameter.is_meta:  # a tied weight is on meta already, and must stay one with its twin
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
@@ -101,49 +100,43 @@ def _without_values(module, name: str, parameter: nn.Parameter) -> nn.Parameter 
 
 @lru_cache(maxsize=2)  # reference and policy read the same forest
 def tree_mask(forest: Forest, window: int | None):
-    """(1, 1, N, N): bool on the CPU, in blocks elsewhere."""
-    return (
-        dense_mask(forest, window)[None, None]
-        if forest.ids.device.type == "cpu"
-        else attention.flex_mask(forest, window)
-    )
+    """The forest's mask (1, 1, N, N): a bool tensor on the CPU, a BlockMask elsewhere."""
+    if forest.ids.device.type == "cpu":
+        return dense_mask(forest, window)[None, None]
+    return attention.flex_mask(forest, window)
 
 
 def forward(
     model, ids, depth, mask: Callable, rows: torch.Tensor | int = 0, cache=None
 ) -> torch.Tensor:
-    """Logits (M, V) at the nodes `rows` (M,), or at all for 0, of N nodes: tokens `ids` (N,) at
+    """Logits (M, V) at the nodes `rows` (M,), or at all N nodes if it is 0: tokens `ids` (N,) at
     positions `depth` (N,).
 
-    mask(window) is what they may see of each other and, before them, of what lies in `cache`, which
-    takes them up: as attention.tree_attention wants it, of the whole path or, in layers with a
-    sliding window, of its last `window` tokens."""
-    window, layers = (
-        getattr(model.config, "sliding_window", None),
-        getattr(model.config, "layer_types", None),
-    )
-    if window is None or (layers and "sliding_attention" not in layers):
-        seen = mask(None)
+    mask(window) says what these nodes may see of each other, and before them of what lies in
+    `cache`, which then takes them up. It is asked for the whole path (None) and, if the model has
+    sliding-window layers, for the last `window` tokens of it."""
+    window = getattr(model.config, "sliding_window", None)
+    layer_types = getattr(model.config, "layer_types", None)
+    if window is None or (layer_types and "sliding_attention" not in layer_types):
+        masks = mask(None)
+    elif layer_types:
+        masks = {"full_attention": mask(None), "sliding_attention": mask(window)}
     else:
-        seen = (
-            {"full_attention": mask(None), "sliding_attention": mask(window)}
-            if layers
-            else mask(window)
-        )
-    remember = {} if cache is None else {cache_argument(model): cache}
+        masks = mask(window)
+    cached = {} if cache is None else {cache_argument(model): cache}
     return model(
         input_ids=ids[None],
         position_ids=depth[None],
-        attention_mask=seen,
+        attention_mask=masks,
         logits_to_keep=rows,
         use_cache=cache is not None,
-        **remember,
+        **cached,
     ).logits[0]
 
 
 def cache_argument(model) -> str:
-    """What this model calls the argument that takes a cache: "cache" since Transformers 5.24, which
-    warns of the name before it, "past_key_values"."""
+    """What this model calls the argument that takes a cache: "cache" since Transformers 5.24, and
+    "past_key_values" before. Newer versions warn of the older name."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
@@ -151,12 +144,12 @@ def sequence_logps(model, forest: Forest) -> torch.Tensor:
     """log π(completion | prompt) of every sequence of the forest, summed over the completion's
     tokens: (S,) fp32.
 
-    One forward over the N nodes. Only the M rows that predict a completion token meet the head, so
-    a large vocabulary costs M × V instead of N × V; log-softmax and sums are in fp32 (in bf16,
-    steps near -200 are 1.0 wide)."""
+    One forward reads the N nodes. Only the M rows that predict a completion token meet the head, so
+    a large vocabulary costs M × V instead of N × V. Log-softmax and sums are in fp32, because in
+    bf16 the steps near -200 are 1.0 wide."""
     forest = forest.to(model.device)
     logits = forward(model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows)
     logps = -F.cross_entropy(logits.float(), forest.targets, reduction="none")  # (M,)
-    mine = torch.arange(forest.size, device=logps.device)[:, None] == forest.owner  # (S, M)
-    # (S,); index_add would sum in another order each time on CUDA
-    return mine.to(logps.dtype) @ logps
+    owned = torch.arange(forest.size, device=logps.device)[:, None] == forest.owner  # (S, M)
+    # A product, because index_add on CUDA would sum in another order each time.
+    return owned.to(logps.dtype) @ logps  # (S,)

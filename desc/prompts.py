@@ -6,7 +6,7 @@ follow the paper's release; the words are our own."""
 
 from dataclasses import dataclass
 
-from desc.esconv import Dialogue
+from desc.esconv import Dialogue, flatten
 from desc.strategies import ESCONV, Strategies
 
 TASKS = ("sp", "rg", "vanilla")
@@ -56,12 +56,7 @@ def build_messages(
     `strategy` is for rg alone."""
     history = dialogue.history(turn)
     if task == "sp":
-        # A line that looks like a turn's beginning is broken by a blank, so that drop_oldest finds
-        # turns alone.
-        flat = "".join(
-            f"{now.speaker}: {now.text}".replace("\nseeker: ", "\nseeker : ") + "\n"
-            for now in history
-        )
+        flat = flatten(history, _unlike_a_turn)
         return [
             {"role": "system", "content": PLANNER.format(names=", ".join(strategies))},
             {"role": "user", "content": flat},
@@ -70,12 +65,20 @@ def build_messages(
         system = RESPONDER.format(names=", ".join(strategies), strategy=strategy)
     else:
         system = VANILLA.format(names=", ".join(f"[{name}]" for name in strategies))
-    said = [
-        now.text if now.speaker == "seeker" else build_completion(task, now.strategy, now.text)
-        for now in history
-    ]
-    roles = ["system", *("user" if now.speaker == "seeker" else "assistant" for now in history)]
-    return [{"role": role, "content": text} for role, text in zip(roles, [system, *said])]
+    messages = [{"role": "system", "content": system}]
+    for past in history:
+        if past.speaker == "seeker":
+            messages.append({"role": "user", "content": past.text})
+        else:
+            text = build_completion(task, past.strategy, past.text)
+            messages.append({"role": "assistant", "content": text})
+    return messages
+
+
+def _unlike_a_turn(text: str) -> str:
+    """A text in which no line looks like the beginning of a turn, because drop_oldest looks for
+    those: a blank breaks such a line."""
+    return text.replace("\nseeker: ", "\nseeker : ")
 
 
 def build_completion(task: str, strategy: str, reply: str) -> str:
@@ -89,19 +92,16 @@ def build_examples(
     """Every supporter turn of every dialogue, with the human answer as its completion."""
     examples = []
     for dialogue in dialogues:
-        for turn, gold in enumerate(dialogue.turns[1::2]):
+        for turn, gold in enumerate(dialogue.supporter_turns()):
             messages = build_messages(task, dialogue, turn, gold.strategy, strategies)
-            examples.append(
-                Example(
-                    dialogue.id, turn, messages, build_completion(task, gold.strategy, gold.text)
-                )
-            )
+            completion = build_completion(task, gold.strategy, gold.text)
+            examples.append(Example(dialogue.id, turn, messages, completion))
     return examples
 
 
 def drop_oldest(messages: Messages) -> Messages | None:
-    """The messages without their oldest exchange, system message and latest turn untouched; None
-    where there is none to drop."""
+    """The messages without their oldest exchange. The system message and the latest turn stay. None
+    if there is no exchange to drop."""
     if len(messages) > 2:
         return messages[:1] + messages[3:]
     system, user = messages

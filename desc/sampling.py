@@ -1,4 +1,5 @@
-"""What a model would do: the exact distribution over strategies, and replies in batches."""
+"""What a model would answer: the exact distribution over strategies, and replies that grow on the
+tree."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,10 +18,14 @@ from desc.strategies import ESCONV, Strategies
 from desc.tree import Forest, grow, pack, sees
 
 
+def seed_of(*parts) -> int:
+    """A seed that depends on all of `parts`, so that work draws the same in any order, and when it
+    is resumed."""
+    return zlib.crc32("/".join(map(str, parts)).encode())
+
+
 def seeded(*parts) -> torch.Generator:
-    """A generator whose seed depends on all of `parts`, so that work done in any order, or resumed,
-    draws the same."""
-    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
+    return torch.Generator().manual_seed(seed_of(*parts))
 
 
 def strategy_items(
@@ -99,9 +104,8 @@ def draw_strategies(
     `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw
     together with the dialogue's id."""
     probabilities = temper(logps, config.temperature, config.top_p)
-    drawn = torch.multinomial(probabilities, 1, generator=seeded(config.seed, "plan", dialogue.id))[
-        :, 0
-    ]
+    generator = seeded(config.seed, "plan", dialogue.id)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     return [strategies[i] for i in drawn.tolist()]
 
 
@@ -114,31 +118,31 @@ def write_dialogue(
     planned: list[tuple[int, str | None]],
     strategies: Strategies,
 ) -> list[str]:
-    """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history;
+    """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history:
     one sampled text each.
 
-    The strategy goes into rg's system message, and opens vanilla's answer as the tag "[strategy]",
-    which is not repeated in what is returned; None leaves the whole answer to vanilla or sp (free
-    decoding). The history is cut to leave room for max_new_tokens."""
-    prompts = []
+    - rg reads the strategy in its system message.
+    - vanilla's answer opens with it as the tag "[strategy]", which is not repeated in the result.
+    - None leaves the whole answer to vanilla or sp (free decoding).
+
+    The oldest exchanges are dropped to leave room for max_new_tokens."""
+    if not planned:
+        return []
+    prompts, room = [], config.max_length - config.max_new_tokens
     for turn, strategy in planned:
         messages = build_messages(task, dialogue, turn, strategy, strategies)
         tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
-        room = config.max_length - config.max_new_tokens
-        item = encode(
-            tokenizer, f"{dialogue.id}/{turn}", dialogue.id, messages, [tag], room, end=False
-        )
+        name = f"{dialogue.id}/{turn}"
+        item = encode(tokenizer, name, dialogue.id, messages, [tag], room, end=False)
         prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
-    written = (
-        generate(model, prompts, config, seeded(config.seed, "write", dialogue.id).initial_seed())
-        if prompts
-        else []
-    )
+    seed = seed_of(config.seed, "write", dialogue.id)
+    written = generate(model, prompts, config, seed)
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[int]]:
-    """One sampled continuation a prompt, without its end-of-turn token; temperature 0 is greedy."""
+    """One sampled continuation per prompt, without its end-of-turn token. Temperature 0 takes the
+    likeliest token."""
     written = [[] for _ in prompts]
     for branch, token in grow_branches(model, prompts, config, seed):
         written[branch].append(token)
@@ -155,28 +159,26 @@ def grow_branches(model, prompts: list[list[int]], config, seed: int) -> Iterato
     stop = model.generation_config.eos_token_id
     forest = grow([Sequence(prompt, [stop]) for prompt in prompts]).to(model.device)
     draw, cache = torch.Generator(model.device).manual_seed(seed), DynamicCache()
-    logits = forward(
-        model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows, cache
-    )
+    mask = partial(tree_mask, forest)
+    logits = forward(model, forest.ids, forest.depth, mask, forest.rows, cache)
     branches = torch.arange(len(prompts), device=model.device)
     growing, depth = branches, forest.depth
     nodes = torch.arange(len(depth), device=model.device)
     # (B, L): what the next token of each branch sees
     visible = sees(forest)(forest.rows[:, None], nodes)
     for length in range(1, config.max_new_tokens + 1):
-        tokens = torch.multinomial(
-            temper(logits.float(), config.temperature, config.top_p), 1, generator=draw
-        )[:, 0]
-        growing, tokens = growing[tokens != stop], tokens[tokens != stop]
+        odds = temper(logits.float(), config.temperature, config.top_p)
+        tokens = torch.multinomial(odds, 1, generator=draw)[:, 0]
+        goes_on = tokens != stop
+        growing, tokens = growing[goes_on], tokens[goes_on]
         yield from zip(growing.tolist(), tokens.tolist())
-        if not len(growing) or length == config.max_new_tokens:
+        if len(growing) == 0 or length == config.max_new_tokens:
             break
-        here = forest.depth[forest.rows[growing]] + length
-        depth = torch.cat([depth, here])
+        new_depth = forest.depth[forest.rows[growing]] + length
+        depth = torch.cat([depth, new_depth])
         visible = torch.cat([visible, branches[:, None] == growing], dim=1)
-
-        mask = partial(branch_mask, visible[growing], here[:, None] - depth)
-        logits = forward(model, tokens, here, mask, cache=cache)
+        mask = partial(branch_mask, visible[growing], new_depth[:, None] - depth)
+        logits = forward(model, tokens, new_depth, mask, cache=cache)
 
 
 def branch_mask(visible: torch.Tensor, distance: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -200,7 +202,7 @@ def stream_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class LocalSampler:
-    """Answers with the model's own modules; an adapter that bears a module's name is that
+    """Answers with the model's own modules. The adapter that bears a module's name is that
     module."""
 
     model: torch.nn.Module
@@ -211,15 +213,10 @@ class LocalSampler:
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
         config = self.config
         with adapter_only(self.model, task):
-            logps = score_strategies(
-                self.model,
-                self.tokenizer,
-                task,
-                [dialogue],
-                self.strategies,
-                config.max_length,
-                config.max_tokens,
+            items = strategy_items(
+                self.tokenizer, task, [dialogue], self.strategies, config.max_length
             )
+            logps = score(self.model, items, config.max_tokens)
         return draw_strategies(logps[turns], config, dialogue, self.strategies)
 
     def write(
@@ -232,4 +229,5 @@ class LocalSampler:
 
     def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str, str]]:
         planned = self.plan(dialogue, turns, "vanilla")
-        return list(zip(planned, self.write(dialogue, list(zip(turns, planned)), "vanilla")))
+        replies = self.write(dialogue, list(zip(turns, planned)), "vanilla")
+        return list(zip(planned, replies))

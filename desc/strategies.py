@@ -18,15 +18,17 @@ class Strategies(tuple[str, ...]):
         return next((name for name in self if name.casefold() == wanted), None)
 
     def split_tag(self, text: str) -> tuple[str | None, str]:
-        """(strategy, reply) of "[strategy] reply"; the strategy is None, and the text whole, where
-        the tag is no strategy."""
+        """(strategy, reply) of "[strategy] reply". If the tag is missing or no strategy: (None, the
+        whole text)."""
         tag = re.match(r"\s*\[([^\]]*)\]\s*", text)
         strategy = self.parse(tag.group(1)) if tag else None
-        return (strategy, text[tag.end() :].strip()) if strategy else (None, text.strip())
+        if strategy is None:
+            return None, text.strip()
+        return strategy, text[tag.end() :].strip()
 
     def suggestion(self, name: str) -> str:
-        """For a misspelt name " (did you mean 'Question'?)", else "": the end of an error message
-        with."""
+        """How an error message about `name` ends: " (did you mean 'Question'?)" if it is close to a
+        strategy's, else ""."""
         close = get_close_matches(name, self, n=1)
         return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -47,20 +49,19 @@ ESCONV = Strategies(
 
 
 def read_strategies(path: str | None) -> Strategies:
-    """A taxonomy from a text file with one name a line; ESConv's eight where `path` is None.
+    """A taxonomy from a text file with one name per line; ESConv's eight if `path` is None.
 
-    Raises DescError where the file cannot be read, names fewer than two strategies, repeats one, or
-    uses a bracket."""
+    Raises DescError if the file cannot be read, names fewer than two strategies, repeats one, or
+    uses a square bracket."""
     if path is None:
         return ESCONV
-    names = tuple(" ".join(line.split()) for line in read_text(path).splitlines() if line.strip())
-    if (
-        len(names) < 2
-        or len({name.casefold() for name in names}) < len(names)
-        or any(c in "[]" for name in names for c in name)
-    ):
+    lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
+    names = [line for line in lines if line]
+    repeated = len({name.casefold() for name in names}) < len(names)
+    bracketed = any("[" in name or "]" in name for name in names)
+    if len(names) < 2 or repeated or bracketed:
         raise DescError(
-            f"--strategies {path}: wants two or more different names, one a line, without square"
+            f"--strategies {path}: needs two or more different names, one per line, without square"
             " brackets"
         )
     return Strategies(names)

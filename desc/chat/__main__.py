@@ -35,8 +35,12 @@ def main():
         f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."
         " /help lists the commands."
     )
+    prompt = "\nseeker: " if sys.stdin.isatty() else ""
     with suppress(EOFError, KeyboardInterrupt):  # at the prompt both mean goodbye
-        while (line := input("\nseeker: " if sys.stdin.isatty() else "").strip()) != "/quit":
+        while True:
+            line = input(prompt).strip()
+            if line == "/quit":
+                break
             try:
                 chat.take(line)
             except KeyboardInterrupt:

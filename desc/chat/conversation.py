@@ -12,7 +12,7 @@ from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
 from desc.lora import adapter_only
 from desc.prompts import build_messages
-from desc.sampling import grow_branches, score, seeded, stream_text, temper
+from desc.sampling import grow_branches, score, seed_of, seeded, stream_text, temper
 from desc.storage.files import write_json
 from desc.strategies import Strategies
 
@@ -25,17 +25,19 @@ HELP = """\
 
 
 def attach(model, out: str) -> dict[str, list[str]]:
-    """Attach the adapters in `out` as "sp-dpo", "rg-sft", …; the stages of each module, its last
-    first. /compare wants both of rg."""
+    """Attach the adapters in `out` as "sp-dpo", "rg-sft", …. Returns the stages of each module, its
+    last first. Of rg both are attached, because /compare needs both."""
     stages = {"sp": [], "rg": []}
     for module, stage in product(stages, ("dpo", "sft")):
-        folder = Path(out) / module / stage
-        wanted = module == "rg" or not stages["sp"]
-        if wanted and cli.use_adapter(
-            model, folder, f"{module}-{stage}", f"train_{stage}.py --task {module} makes one"
-        ):
+        if module == "sp" and stages["sp"]:
+            continue
+        folder, otherwise = (
+            Path(out) / module / stage,
+            f"train_{stage}.py --task {module} makes one",
+        )
+        if cli.use_adapter(model, folder, f"{module}-{stage}", otherwise):
             stages[module].append(stage)
-    return {module: found or ["base"] for module, found in stages.items()}
+    return {module: attached or ["base"] for module, attached in stages.items()}
 
 
 @dataclass
@@ -48,8 +50,8 @@ class Chat:
     strategies: Strategies
     stages: dict[str, list[str]]
     turns: tuple[Turn, ...] = ()  # as a Dialogue's: alternating, seeker first, supporter last
-    forced: str | None = None
-    told: bool = False  # that the conversation has grown too long
+    forced: str | None = None  # the strategy that every reply follows
+    warned_of_length: bool = False
 
     def read(
         self,
@@ -59,29 +61,22 @@ class Chat:
         room: int,
         strategy: str | None = None,
     ) -> Item:
-        """What a module reads where the dialogue ends, with the seeker. Raises DescError where the
-        last message alone is too long."""
+        """What a module reads at the end of the dialogue, which is the seeker's message. Raises
+        DescError if that message alone is too long."""
         messages = build_messages(task, dialogue, len(dialogue), strategy, self.strategies)
-        item = encode(
-            self.tokenizer,
-            "your message",
-            dialogue.id,
-            messages,
-            completions,
-            room,
-            end=task == "sp",
-        )
-        if item.turns_cut and not self.told:
+        name, end = "your message", task == "sp"
+        item = encode(self.tokenizer, name, dialogue.id, messages, completions, room, end)
+        if item.turns_cut and not self.warned_of_length:
             print(
                 "(The conversation has outgrown --max-length: from now on its oldest exchanges are"
                 " no longer read.)"
             )
-            self.told = True
+            self.warned_of_length = True
         return item
 
     def plan(self, dialogue: Dialogue) -> str:
-        """The strategy of the next reply, drawn or forced. Shows the exact distribution, a bar of
-        up to 30 blocks a strategy."""
+        """The strategy of the next reply, drawn or forced. Prints the exact distribution, one bar
+        of up to 30 blocks per strategy."""
         config, names = self.config, self.strategies
         item = self.read("sp", dialogue, list(names), config.max_length)
         with adapter_only(self.model, f"sp-{self.stages['sp'][0]}"):
@@ -89,89 +84,93 @@ class Chat:
         odds = temper(logps, config.temperature, config.top_p)
         drawn = torch.multinomial(odds, 1, generator=seeded(config.seed, "plan", len(dialogue)))
         strategy = self.forced or names[int(drawn)]
+        mark = "  ← forced" if self.forced else "  ← drawn"
+        width = max(map(len, names))
         for name, p in zip(names, logps.exp().tolist()):
-            mark = "" if name != strategy else "  ← forced" if self.forced else "  ← drawn"
-            print(f"  {name:<{max(map(len, names))}} {'█' * round(30 * p):<30} {p:6.1%}{mark}")
+            bar = "█" * round(30 * p)
+            print(f"  {name:<{width}} {bar:<30} {p:6.1%}{mark if name == strategy else ''}")
         return strategy
 
     def say(self, dialogue: Dialogue, strategy: str, stage: str, speaker: str) -> str:
-        """The generator's reply, printed as it grows; an interrupt ends it."""
+        """The generator's reply, printed as it grows. An interrupt ends it."""
         config = self.config
-        prompt = (
-            self.read("rg", dialogue, [""], config.max_length - config.max_new_tokens, strategy)
-            .sequences[0]
-            .prompt
-        )
-        seed = seeded(config.seed, "write", len(dialogue)).initial_seed()
-        said = ""
+        room = config.max_length - config.max_new_tokens
+        prompt = self.read("rg", dialogue, [""], room, strategy).sequences[0].prompt
+        seed = seed_of(config.seed, "write", len(dialogue))
+        reply = ""
         print(f"{speaker} [{strategy}]: ", end="", flush=True)
         try:
             with adapter_only(self.model, f"rg-{stage}"):
-                for piece in stream_text(
-                    self.tokenizer,
-                    (token for _, token in grow_branches(self.model, [prompt], config, seed)),
-                ):
-                    said += piece
+                branches = grow_branches(self.model, [prompt], config, seed)
+                for piece in stream_text(self.tokenizer, (token for _, token in branches)):
+                    reply += piece
                     print(piece, end="", flush=True)
             print()
         except KeyboardInterrupt:
             print(" … (stopped)")
-        return said
+        return reply
 
     def answer(self, text: str) -> None:
-        """Plan and say the reply to a message. Both join the conversation together, or neither
-        does."""
+        """Plan and say the reply to a message. Both join the conversation, or neither does."""
         dialogue = Dialogue("chat", (*self.turns, Turn("seeker", text)))
         strategy = self.plan(dialogue)
-        if said := self.say(dialogue, strategy, self.stages["rg"][0], "supporter"):
-            self.turns = (*dialogue.turns, Turn("supporter", said, strategy))
+        reply = self.say(dialogue, strategy, self.stages["rg"][0], "supporter")
+        if reply:
+            self.turns = (*dialogue.turns, Turn("supporter", reply, strategy))
         else:
             print("(There is no reply: your message is taken back.)")
 
     def compare(self) -> None:
+        """Say the last reply again, before and after DPO."""
+        dialogue, last = Dialogue("chat", self.turns[:-1]), self.turns[-1]
         for stage, when in (("sft", "before DPO"), ("dpo", "after DPO")):
             if stage in self.stages["rg"]:
-                self.say(Dialogue("chat", self.turns[:-1]), self.turns[-1].strategy, stage, when)
+                self.say(dialogue, last.strategy, stage, when)
             else:
                 print(f"{when}: there is no adapter in {Path(self.config.out) / 'rg' / stage}")
 
     def save(self, name: str) -> None:
-        said = [
-            {
-                "speaker": t.speaker,
-                "annotation": {"strategy": t.strategy} if t.strategy else {},
-                "content": t.text,
-            }
-            for t in self.turns
-        ]
+        """Write the conversation in ESConv's schema."""
+        utterances = []
+        for turn in self.turns:
+            annotation = {"strategy": turn.strategy} if turn.strategy else {}
+            utterances.append(
+                {"speaker": turn.speaker, "annotation": annotation, "content": turn.text}
+            )
         try:
-            write_json(Path(name).expanduser(), [{"dialog": said}])
+            write_json(Path(name).expanduser(), [{"dialog": utterances}])
             print(f"(Saved in {name}.)")
         # no file's name, or nobody's home, too
         except (OSError, ValueError, RuntimeError) as error:
             print(f"/save {name}: cannot be written ({error})")
 
+    def choose_strategy(self, name: str) -> None:
+        """Force a strategy, or let the planner choose again."""
+        strategy = self.strategies.parse(name)
+        if name and not strategy:
+            hint = self.strategies.suggestion(name)
+            print(f"{name!r} is no strategy{hint}; there are {', '.join(self.strategies)}")
+            return
+        self.forced = strategy
+        if strategy:
+            print(f"(Every reply follows {strategy} from now on.)")
+        else:
+            print("(The planner chooses again.)")
+
     def take(self, line: str) -> None:
-        """Do what a line says, be it a message or a command."""
+        """Do what a line says: answer a message, or follow a command."""
         if in_danger(line):
             print(CRISIS)
         command, rest = (line.split(maxsplit=1) + ["", ""])[:2]
         if not command.startswith("/"):
-            line and self.answer(line)
-        elif command == "/strategy" and rest and not self.strategies.parse(rest):
-            print(
-                f"{rest!r} is no strategy{self.strategies.suggestion(rest)}; there are"
-                f" {', '.join(self.strategies)}"
-            )
+            if line:
+                self.answer(line)
         elif command == "/strategy":
-            self.forced = self.strategies.parse(rest)
-            print(
-                f"(Every reply follows {self.forced} from now on.)"
-                if rest
-                else "(The planner chooses again.)"
-            )
+            self.choose_strategy(rest)
+        elif command == "/help":
+            print(HELP)
         elif command not in ("/compare", "/undo", "/save"):
-            print(HELP if command == "/help" else f"{command} is no command; /help lists them")
+            print(f"{command} is no command; /help lists them")
         elif not self.turns:
             print("(There is no reply yet.)")
         elif command == "/compare":

@@ -1,1 +1,2 @@
-"""Evaluation: systems, scores, tables, text overlap, the report page and its figures."""
+"""Evaluation: systems answer test dialogues, their answers are scored, and tables and a report page
+show the scores."""

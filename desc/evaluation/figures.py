@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from io import StringIO
 
@@ -10,17 +12,19 @@ import numpy as np
 from desc import DescError
 
 PHASES = 6
-# of a system, in the page and in charts: colours alone would not survive a grey print
+# Each system has a mark in the page and a shape in charts: a grey print loses the colours.
 MARKS, SHAPES = "●■▲◆▼★", "os^Dv*"
-# keys in metrics.jsonl
+# {a chart of a DPO run: its keys in metrics.jsonl}
 CURVES = {
     "loss": ["loss"],
     "reward margin": ["rewards/margins"],
     "reward accuracy": ["rewards/accuracies"],
+    "log-probability: ● chosen, ■ rejected": ["logps/chosen", "logps/rejected"],
+    "nll of the human strategy": ["nll"],
+    "Q (0 to 1)": ["Q"],
+    "B": ["B"],
 }
-CURVES |= {"log-probability: ● chosen, ■ rejected": ["logps/chosen", "logps/rejected"]}
-CURVES |= {"nll of the human strategy": ["nll"], "Q (0 to 1)": ["Q"], "B": ["B"]}
-# what a policy equal to the reference has
+# What a policy equal to the reference has.
 REFERENCE = {"loss": math.log(2), "reward margin": 0, "reward accuracy": 0.5}
 STYLE = {
     "svg.hashsalt": "desc",
@@ -28,18 +32,27 @@ STYLE = {
     "font.size": 8,
     "lines.linewidth": 1.4,
     "lines.markersize": 3.5,
-}
-STYLE |= {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
+INK = "#000000"  # becomes the colour of the page's text
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart, drawn in matplotlib's `style`."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: dict
 
 
 def load_matplotlib():
-    """matplotlib; DescError where it is missing."""
+    """The module matplotlib. Raises DescError if it is missing."""
     try:
         import matplotlib.figure
     except ImportError:
@@ -47,117 +60,150 @@ def load_matplotlib():
     return matplotlib
 
 
-def chart(title: str, lines: list[tuple], reference: float | None = None, **axes) -> str:
-    """A figure of lines (name, x, y, style) with a dashed line at `reference`. Its text takes the
-    page's font, black the page's ink and #5e000N the page's colour N, so that it suits light, dark
-    and print."""
+def page_colour(number: int) -> str:
+    """A colour that `adopt_page_style` turns into the page's colour `number`, 0 … 5."""
+    return f"#5e000{number}"
+
+
+def chart(title: str, lines: list[Line], reference: float | None = None, **axes) -> str:
+    """An HTML figure of some lines, with a dashed line at `reference`.
+
+    It suits light, dark and print, because its text takes the page's font and its colours become
+    the page's. Raises DescError if matplotlib is missing."""
+    svg = adopt_page_style(draw_svg(lines, reference, axes))
+    ranges = "; ".join(f"{line.name} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
+    label = escape(f"{title}: {ranges}")
+    caption = f"<figcaption>{escape(title)}</figcaption>"
+    rest = svg.removeprefix("<svg")
+    return f'<figure>{caption}<svg role="img" aria-label="{label}"{rest}</figure>'
+
+
+def draw_svg(lines: list[Line], reference: float | None, axes: dict) -> str:
+    """The SVG file that matplotlib makes of some lines."""
     matplotlib = load_matplotlib()
     with matplotlib.rc_context(STYLE):
-        figure, buffer = (
-            matplotlib.figure.Figure(figsize=(2.9, 1.75), layout="constrained"),
-            StringIO(),
-        )
+        figure = matplotlib.figure.Figure(figsize=(2.9, 1.75), layout="constrained")
         plot = figure.add_subplot()
-        for _, x, y, style in lines:
-            plot.plot(x, y, **style)
+        for line in lines:
+            plot.plot(line.x, line.y, **line.style)
         if reference is not None:
-            plot.axhline(reference, color="#000000", linewidth=0.6, linestyle=(0, (4, 3)))
+            plot.axhline(reference, color=INK, linewidth=0.6, linestyle=(0, (4, 3)))
         plot.set(**axes)
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
-    svg = re.sub(
-        r' id="[^"]*_\d+"| font-family: [^;]*;|<style.*?</style>', "", buffer.getvalue(), flags=re.S
-    )
-    svg = re.sub(
-        r"#5e000(\d)", r"var(--s\1)", svg[svg.index("<svg") :].replace("#000000", "currentColor")
-    )
-    told = escape(
-        f"{title}: "
-        + "; ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, _, y, _ in lines)
-    )
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg role="img"'
-        f' aria-label="{told}"{svg[4:]}</figure>'
-    )
+        file = StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return file.getvalue()
+
+
+def adopt_page_style(svg: str) -> str:
+    """The <svg> element of matplotlib's file, without ids and fonts, in the page's colours."""
+    unwanted = r' id="[^"]*_\d+"| font-family: [^;]*;|<style.*?</style>'
+    svg = re.sub(unwanted, "", svg, flags=re.DOTALL)
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r"#5e000(\d)", r"var(--s\1)", svg)
 
 
 def phase_shares(
     dialogues: list[list[str | None]], strategies: list[str], phases: int = PHASES
 ) -> np.ndarray:
-    """(phases, K): of the turns in each phase of their dialogue, the share of each strategy; NaN in
-    a phase without a turn.
+    """(phases, K): of the turns in each phase, the share of each strategy, 0 … 1; NaN in a phase
+    without a turn.
 
-    `dialogues` holds the strategies of their turns, a phase is an equal part of a dialogue, and a
-    None does not count."""
+    `dialogues` holds the strategies of each dialogue's turns. Each dialogue has `phases` equal
+    parts. A strategy of None does not count."""
     counts = np.zeros((phases, len(strategies)))
     for names in dialogues:
-        for t, name in enumerate(names):
+        for turn, name in enumerate(names):
             if name is not None:
-                counts[int((t + 0.5) * phases / len(names)), strategies.index(name)] += 1
+                phase = int((turn + 0.5) * phases / len(names))
+                counts[phase, strategies.index(name)] += 1
     total = counts.sum(1, keepdims=True)
     return np.where(total > 0, counts / np.maximum(total, 1), np.nan)
 
 
-def phases(results: dict) -> str:
-    """A chart a strategy: its share over the phases of a conversation, people's and each
-    system's."""
-    strategies, human = (
-        results["strategies"],
-        [[turn["strategy"] for turn in d["turns"][1::2]] for d in results["dialogues"]],
-    )
-    drawn = [
-        (
-            "human",
-            phase_shares(human, strategies),
-            {"color": "#000000", "linewidth": 2.4, "alpha": 0.75},
-        )
-    ]
+@dataclass(frozen=True)
+class Timing:
+    """When in a conversation a system, or people, use each strategy; and the style of its lines."""
+
+    name: str
+    shares: np.ndarray  # (PHASES, K), 0 … 1
+    style: dict
+
+
+def phases_html(results: dict) -> str:
+    """One chart per strategy: its share over the phases of a conversation, people's and each
+    system's. `results` as in desc.evaluation.page.write_page."""
+    timings = [human_timing(results)]
     legend = "<span><b>━</b> human</span>"
-    for i, (name, records) in enumerate(results["answers"].items()):
-        shares = phase_shares(
-            [names for record in records for names in record["predicted"]], strategies
-        )
-        drawn.append((name, shares, {"color": f"#5e000{i % 6}", "marker": SHAPES[i % 6]}))
-        legend += f'<span><b class="s{i % 6}">{MARKS[i % 6]}</b> {escape(name)}</span>'
-    x = range(1, PHASES + 1)
-    axes = {
-        "xticks": x,
-        "ylabel": "% of turns",
-        "ylim": (0, 105 * np.nanmax([shares for _, shares, _ in drawn])),
-    }
-    charts = (
-        chart(s, [(name, x, 100 * y[:, k], style) for name, y, style in drawn], **axes)
-        for k, s in enumerate(strategies)
-    )
-    return f'<p class="legend">{legend}</p><div class="charts">{"".join(charts)}</div>'
+    for number, name in enumerate(results["answers"]):
+        timings.append(system_timing(results, name, number % 6))
+        mark = f'<b class="s{number % 6}">{MARKS[number % 6]}</b>'
+        legend += f"<span>{mark} {escape(name)}</span>"
+    highest = np.nanmax([timing.shares for timing in timings])
+    charts = ""
+    for index, strategy in enumerate(results["strategies"]):
+        charts += timing_chart(strategy, index, timings, 105 * highest)
+    return f'<p class="legend">{legend}</p><div class="charts">{charts}</div>'
 
 
-def curves(results: dict) -> str:
-    """The charts of each DPO run for which its metrics have points."""
+def human_timing(results: dict) -> Timing:
+    dialogues = []
+    for dialogue in results["dialogues"]:
+        dialogues.append([turn["strategy"] for turn in dialogue["turns"][1::2]])
+    shares = phase_shares(dialogues, results["strategies"])
+    return Timing("human", shares, {"color": INK, "linewidth": 2.4, "alpha": 0.75})
+
+
+def system_timing(results: dict, name: str, colour: int) -> Timing:
+    """A system's timing over all its seeds; `colour` 0 … 5 is its colour and its shape."""
+    drawn = []
+    for record in results["answers"][name]:
+        drawn += record["predicted"]
+    shares = phase_shares(drawn, results["strategies"])
+    return Timing(name, shares, {"color": page_colour(colour), "marker": SHAPES[colour]})
+
+
+def timing_chart(strategy: str, index: int, timings: list[Timing], top: float) -> str:
+    """The chart of one strategy, which is number `index`; its axis ends at `top` percent."""
+    phases = range(1, PHASES + 1)
+    lines = []
+    for timing in timings:
+        lines.append(Line(timing.name, phases, 100 * timing.shares[:, index], timing.style))
+    return chart(strategy, lines, xticks=phases, ylabel="% of turns", ylim=(0, top))
+
+
+def curves_html(results: dict) -> str:
+    """The charts of each DPO run, those of CURVES that its metrics have points for. `results` as in
+    desc.evaluation.page.write_page."""
     html = ""
     for run, records in results["curves"].items():
-        html += f'<h3>{escape(run)}</h3><div class="charts">'
-        for title, keys in CURVES.items():
-            lines = []
-            for i, key in enumerate(keys):
-                for name, style in (
-                    (key, {"linewidth": 0.7, "alpha": 0.45}),
-                    (f"valid/{key}", {"marker": SHAPES[i]}),
-                ):
-                    # While policy and reference are equal no pair is ordered either way: that is no
-                    # accuracy of 0.
-                    found = [
-                        r
-                        for r in records
-                        if name in r
-                        and ("accuracies" not in key or r[name.replace("accuracies", "margins")])
-                    ]
-                    x, y = [r["step"] for r in found], [r[name] for r in found]
-                    lines += [(name, x, y, {"color": f"#5e000{i}"} | style)] if found else []
-            html += chart(title, lines, REFERENCE.get(title), xlabel="step") if lines else ""
-        html += "</div>"
+        charts = "".join(curve_chart(title, keys, records) for title, keys in CURVES.items())
+        html += f'<h3>{escape(run)}</h3><div class="charts">{charts}</div>'
     return html
+
+
+def curve_chart(title: str, keys: list[str], records: list[dict]) -> str:
+    """The chart of some keys of metrics.jsonl: thin lines of training batches, marked lines of
+    validation. "" if no record has any of the keys."""
+    lines = []
+    for number, key in enumerate(keys):
+        colour = {"color": page_colour(number)}
+        thin = {"linewidth": 0.7, "alpha": 0.45}
+        marked = {"marker": SHAPES[number]}
+        lines.append(curve(key, records, colour | thin))
+        lines.append(curve(f"valid/{key}", records, colour | marked))
+    lines = [line for line in lines if line.x]
+    return chart(title, lines, REFERENCE.get(title), xlabel="step") if lines else ""
+
+
+def curve(key: str, records: list[dict], style: dict) -> Line:
+    """The line of one key of metrics.jsonl over the steps."""
+    points = [record for record in records if key in record and is_defined(key, record)]
+    steps = [record["step"] for record in points]
+    return Line(key, steps, [record[key] for record in points], style)
+
+
+def is_defined(key: str, record: dict) -> bool:
+    """False for the accuracy of a policy that equals its reference: it orders no pair, so its
+    accuracy of 0 means nothing. All its margins are 0."""
+    return "accuracies" not in key or record[key.replace("accuracies", "margins")] != 0

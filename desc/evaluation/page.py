@@ -1,205 +1,252 @@
-"""The report as one HTML file that opens offline: tables, charts and a browser of dialogues (its
-template is data/page.html).
+"""The report as one HTML file that opens offline: tables, charts and a browser of dialogues. Its
+template is data/page.html.
 
 What comes from data enters the page in three ways only: as escaped HTML, as numbers, and as JSON
-that its script shows as text."""
+that the page's script shows as text."""
 
 import json
 import re
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
-from desc.evaluation.figures import curves, phases
-from desc.evaluation.tables import JUDGED, PLAN, TEXT, decimals
+from desc.evaluation.figures import curves_html, phases_html
+from desc.evaluation.tables import (
+    JUDGE_COLUMNS,
+    PLANNER_COLUMNS,
+    TEXT_COLUMNS,
+    decimals,
+    select_columns,
+)
 from desc.storage.files import write_bytes
 
 
 def write_page(path: str | Path, results: dict) -> None:
-    """Write the report of an evaluation; a section for which `results` holds nothing is left out.
+    """Write the report of an evaluation. A section is left out if `results` holds nothing for it.
 
-    "facts" {name: value}: how it was made. "strategies": the K names. "systems" {name: row}:
-    columns as desc.report.summarise names them, "COLUMN interval" [low, high], "COLUMN difference"
-    [to the first system, low, high], "preferences" {strategy: p}, "confusion" (K, K)
-    [predicted][gold], "errors" {error type or "none": replies}. "answers" {name: a record a
-    dialogue}: "predicted" [seed][turn], the first seed's being those that the "replies" follow (or
-    []), "logps" (T, K) in nats (or []). "dialogues" [{"id", "turns"}] in the order of the records.
-    "curves" {run: records of its metrics.jsonl}. Raises DescError where matplotlib is missing."""
+    `results` holds
+      "facts"       {name: value}: how the evaluation was made
+      "strategies"  the K names
+      "systems"     {system: row}, as desc.evaluation.scores.summarise makes them
+      "answers"     {system: one record per dialogue}, as
+                    desc.evaluation.systems.answer_dialogue_as makes them
+      "dialogues"   [{"id", "turns"}], in the order of the records
+      "curves"      {DPO run: the records of its metrics.jsonl}
+
+    Raises DescError if matplotlib is missing."""
     parts = {
-        make.__name__: make(results)
-        for make in (scores, preferences, confusion, phases, curves, errors, data)
+        "lead": lead_html(results),
+        "systems": ", ".join(escape(name) for name in results["answers"]),
+        "scores": scores_html(results),
+        "preferences": preferences_html(results),
+        "confusion": confusion_html(results),
+        "phases": phases_html(results),
+        "curves": curves_html(results),
+        "errors": errors_html(results),
+        "data": dialogues_json(results),
+        "facts": facts_html(results),
     }
-    turns = sum(len(d["turns"]) // 2 for d in results["dialogues"])
-    parts["lead"] = f"{turns:,} supporter turns of {len(results['dialogues'])} test dialogues"
-    parts["systems"] = ", ".join(map(escape, results["answers"]))
-    parts["facts"] = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in results["facts"].items()
-    )
-    page = (files("desc") / "data" / "page.html").read_text(encoding="utf-8")
-    page = re.sub(
-        r"(?s)<section.*?</section>\n",
-        lambda s: s[0] if parts[re.search(r"<!--(\w+)-->", s[0])[1]] else "",
-        page,
-    )
-    parts["contents"] = "".join(
-        f'<a href="#{i}">{title}</a>'
-        for i, title in re.findall(r'<section id="(\w+)">\s*<h2>(.*?)<', page)
-    )
-    write_bytes(Path(path), re.sub(r"<!--(\w+)-->", lambda m: parts[m[1]], page).encode())
+    template = (files("desc") / "data" / "page.html").read_text(encoding="utf-8")
+    template = drop_empty_sections(template, parts)
+    parts["contents"] = contents_html(template)
+    # All placeholders are filled in one pass, so that none in the data is taken for one.
+    page = re.sub(r"<!--(\w+)-->", lambda placeholder: parts[placeholder[1]], template)
+    write_bytes(Path(path), page.encode())
 
 
-def grid(caption: str, head: list[str], rows: dict[str, list[str]]) -> str:
-    """An HTML table in a box that scrolls by itself, of a row a label; the cells are HTML
-    already."""
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>'
-        for label, cells in rows.items()
-    )
-    table = (
-        f"<caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
-    )
-    return f'<div class="scroll"><table>{table}</table></div>'
+def drop_empty_sections(template: str, parts: dict[str, str]) -> str:
+    """The template without the sections whose first placeholder has nothing to show."""
+
+    def keep(section: re.Match) -> str:
+        placeholder = re.search(r"<!--(\w+)-->", section[0])[1]
+        return section[0] if parts[placeholder] else ""
+
+    return re.sub(r"(?s)<section.*?</section>\n", keep, template)
 
 
-def scores(results: dict) -> str:
-    """Tables of the planners' columns, the replies' and the judge's, and folded away one of all
-    other numbers."""
-    rows, tables = results["systems"], []
-    known = (*PLAN, *TEXT, *JUDGED)
-    rest = {
-        c: None
-        for row in rows.values()
-        for c, value in row.items()
-        if isinstance(value, (int, float)) and c not in known
-    }
-    for caption, columns in (
-        ("Strategies", PLAN),
-        ("Replies", TEXT),
-        ("Judged", JUDGED),
-        ("Other numbers", rest),
-    ):
-        columns = [c for c in columns if any(c in row for row in rows.values())]
-        found = {
-            name: [cell(row, c) for c in columns]
-            for name, row in rows.items()
-            if any(c in row for c in columns)
-        }
-        tables.append(grid(caption, ["system", *columns], found) if found else "")
-    return "".join(
-        tables[:3]
-    ) + f"<details><summary>Other numbers</summary>{tables[3]}</details>" * bool(rest)
+def contents_html(template: str) -> str:
+    """Links to the sections of the template."""
+    sections = re.findall(r'<section id="(\w+)">\s*<h2>(.*?)<', template)
+    return "".join(f'<a href="#{name}">{title}</a>' for name, title in sections)
 
 
-def cell(row: dict, column: str) -> str:
-    digits = 0 if isinstance(row.get(column), int) else decimals(column)
-    text = f"{row[column]:,.{digits}f}" if column in row else ""
-    if f"{column} interval" in row:
-        text += "<small>{:.{d}f} – {:.{d}f}</small>".format(*row[f"{column} interval"], d=digits)
-    if f"{column} difference" in row:
-        text += "<small>Δ {:+.{d}f} ({:+.{d}f} … {:+.{d}f})</small>".format(
-            *row[f"{column} difference"], d=digits
-        )
-    return f"<td>{text.replace('-', '−')}</td>"
+def lead_html(results: dict) -> str:
+    dialogues = results["dialogues"]
+    turns = sum(len(dialogue["turns"]) // 2 for dialogue in dialogues)
+    return f"{turns:,} supporter turns of {len(dialogues)} test dialogues"
 
 
-def bar(value: float, text: str, origin: float = 0) -> str:
-    """A cell with a bar from `origin` to `value`, both as a share of its width."""
-    low, high = sorted((value, origin))
-    return (
-        '<td class="bar"'
-        f' style="--from:{low:.3f};--to:{high:.3f};--origin:{origin:.3f}"><i></i>{text}</td>'
-    )
-
-
-def preferences(results: dict) -> str:
-    found = {
-        name: row["preferences"] for name, row in results["systems"].items() if "preferences" in row
-    }
-    top = max([2, *(p for of in found.values() for p in of.values())])
-    rows = {
-        s: [bar(of[s] / top, f"{of[s]:.2f}", 1 / top) for of in found.values()]
-        for s in results["strategies"]
-    }
-    return (
-        grid("Preference p; the line is the ideal, 1.0", ["strategy", *found], rows)
-        if found
-        else ""
-    )
-
-
-def errors(results: dict) -> str:
-    found, rows = (
-        {name: row["errors"] for name, row in results["systems"].items() if "errors" in row},
-        {},
-    )
-    for error in dict.fromkeys(e for counts in found.values() for e in counts):
-        cells = [
-            (counts.get(error, 0), counts.get(error, 0) / max(sum(counts.values()), 1))
-            for counts in found.values()
-        ]
-        rows[error] = [bar(share, f"{100 * share:.0f} %<small>{n:,}</small>") for n, share in cells]
-    return (
-        grid("Share of the judged replies, and their number", ["error", *found], rows)
-        if found
-        else ""
-    )
-
-
-def confusion(results: dict) -> str:
-    """Of each system: what it chose where people chose a column's strategy and over all turns,
-    beside what people chose, in percent."""
-    html, strategies = "", results["strategies"]
-    for name, counts in (
-        (name, np.array(row["confusion"]))
-        for name, row in results["systems"].items()
-        if "confusion" in row
-    ):
-        counts, rows = np.c_[counts, counts.sum(1), counts.sum(0)], {}
-        for i, shares in enumerate(counts / np.maximum(counts.sum(0), 1e-12)):
-            cells = [
-                f'<td class="shade{" same" * (i == j)}" style="--v:{x:.3f}">{100 * x:.0f}</td>'
-                for j, x in enumerate(shares)
-            ]
-            rows[f"{i + 1} {strategies[i]}"] = cells
-        html += grid(
-            name,
-            ["chosen ↓ human →", *map(str, range(1, len(strategies) + 1)), "all", "human"],
-            rows,
-        )
+def facts_html(results: dict) -> str:
+    html = ""
+    for name, value in results["facts"].items():
+        html += f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
     return html
 
 
-def data(results: dict) -> str:
-    """What the browser of dialogues shows, as JSON without a "<", so that it cannot end its
-    element; -1 is no strategy."""
-    index, dialogues = {name: i for i, name in enumerate(results["strategies"])} | {None: -1}, []
-    for n, dialogue in enumerate(results["dialogues"]):
-        systems = []
-        for record in (records[n] for records in results["answers"].values()):
-            said = [[index[name] for name in names] for names in record["predicted"]]
-            systems.append(
-                {
-                    "said": said,
-                    "p": np.exp(record["logps"]).round(3).tolist(),
-                    "replies": record["replies"],
-                }
-            )
-        gold = [index[turn["strategy"]] for turn in dialogue["turns"][1::2]]
+def table_html(caption: str, head: list[str], rows: dict[str, list[str]]) -> str:
+    """An HTML table in a box that scrolls by itself. `rows` is {label: cells}; the cells are <td>
+    elements already."""
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = ""
+    for label, cells in rows.items():
+        body += f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>'
+    table = f"<caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead>"
+    table += f"<tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{table}</table></div>'
+
+
+def scores_html(results: dict) -> str:
+    """Tables of the planners' columns, of the replies' and of the judge's; all other numbers stand
+    in a table that is folded away."""
+    rows = results["systems"]
+    html = score_table_html("Strategies", rows, PLANNER_COLUMNS)
+    html += score_table_html("Replies", rows, TEXT_COLUMNS)
+    html += score_table_html("Judged", rows, JUDGE_COLUMNS)
+    others = score_table_html("Other numbers", rows, other_columns(rows))
+    if others:
+        html += f"<details><summary>Other numbers</summary>{others}</details>"
+    return html
+
+
+def score_table_html(caption: str, rows: dict[str, dict], columns: Sequence[str]) -> str:
+    """One line per system; "" if no system has any of `columns`."""
+    shown, filled = select_columns(rows, columns)
+    if not filled:
+        return ""
+    lines = {name: [html_cell(row, column) for column in shown] for name, row in filled.items()}
+    return table_html(caption, ["system", *shown], lines)
+
+
+def other_columns(rows: dict[str, dict]) -> list[str]:
+    """The columns of numbers that no other table shows."""
+    known = (*PLANNER_COLUMNS, *TEXT_COLUMNS, *JUDGE_COLUMNS)
+    columns = []
+    for row in rows.values():
+        for column, value in row.items():
+            is_new = column not in known and column not in columns
+            if is_new and isinstance(value, (int, float)):
+                columns.append(column)
+    return columns
+
+
+def html_cell(row: dict, column: str) -> str:
+    """A score with its interval and its difference to the first system; an empty cell if the row
+    has no such column."""
+    digits = 0 if isinstance(row.get(column), int) else decimals(column)
+    text = ""
+    if column in row:
+        text += f"{row[column]:,.{digits}f}"
+    if f"{column} interval" in row:
+        low, high = row[f"{column} interval"]
+        text += f"<small>{low:.{digits}f} – {high:.{digits}f}</small>"
+    if f"{column} difference" in row:
+        difference, low, high = row[f"{column} difference"]
+        text += f"<small>Δ {difference:+.{digits}f} "
+        text += f"({low:+.{digits}f} … {high:+.{digits}f})</small>"
+    return f"<td>{text.replace('-', '−')}</td>"
+
+
+def bar_cell(value: float, html: str, origin: float = 0) -> str:
+    """A cell with a bar from `origin` to `value`, both as shares of the cell's width, and `html`
+    beside it."""
+    low, high = sorted((value, origin))
+    style = f"--from:{low:.3f};--to:{high:.3f};--origin:{origin:.3f}"
+    return f'<td class="bar" style="{style}"><i></i>{html}</td>'
+
+
+def rows_with(results: dict, key: str) -> dict[str, dict]:
+    """{system: its row[key]} of the systems that have one."""
+    return {name: row[key] for name, row in results["systems"].items() if key in row}
+
+
+def preferences_html(results: dict) -> str:
+    """A bar from 1.0, the ideal, to each system's preference for each strategy."""
+    preferences = rows_with(results, "preferences")
+    if not preferences:
+        return ""
+    highest = max(p for by_strategy in preferences.values() for p in by_strategy.values())
+    width = max(2, highest)
+    rows = {}
+    for strategy in results["strategies"]:
+        values = [by_strategy[strategy] for by_strategy in preferences.values()]
+        rows[strategy] = [bar_cell(p / width, f"{p:.2f}", 1 / width) for p in values]
+    head = ["strategy", *preferences]
+    return table_html("Preference p; the line is the ideal, 1.0", head, rows)
+
+
+def errors_html(results: dict) -> str:
+    """Each system's shares of the annotator's errors."""
+    errors = rows_with(results, "errors")
+    if not errors:
+        return ""
+    rows = {}
+    for counts in errors.values():
+        for error in counts:
+            rows[error] = [error_cell(error, each) for each in errors.values()]
+    head = ["error", *errors]
+    return table_html("Share of the judged replies, and their number", head, rows)
+
+
+def error_cell(error: str, counts: dict[str, int]) -> str:
+    number = counts.get(error, 0)
+    share = number / max(sum(counts.values()), 1)
+    return bar_cell(share, f"{100 * share:.0f} %<small>{number:,}</small>")
+
+
+def confusion_html(results: dict) -> str:
+    """A table per system, in percent. Its columns give what the system chose if people chose that
+    strategy, what it chose over all turns, and what people chose."""
+    strategies = results["strategies"]
+    numbers = [str(i + 1) for i in range(len(strategies))]
+    head = ["chosen ↓ human →", *numbers, "all", "human"]
+    html = ""
+    for name, counts in rows_with(results, "confusion").items():
+        counts = np.array(counts)
+        counts = np.column_stack([counts, counts.sum(1), counts.sum(0)])
+        shares = counts / np.maximum(counts.sum(0), 1e-12)
+        rows = {}
+        for i, strategy in enumerate(strategies):
+            cells = [shade_cell(share, same=i == j) for j, share in enumerate(shares[i])]
+            rows[f"{i + 1} {strategy}"] = cells
+        html += table_html(name, head, rows)
+    return html
+
+
+def shade_cell(share: float, same: bool) -> str:
+    """A share, 0 … 1, in percent; it is outlined if system and people chose the `same`."""
+    shade = "shade same" if same else "shade"
+    return f'<td class="{shade}" style="--v:{share:.3f}">{100 * share:.0f}</td>'
+
+
+def dialogues_json(results: dict) -> str:
+    """What the browser of dialogues shows. It is JSON without a "<", so that it cannot end its
+    element. A strategy is its index, or -1 for None."""
+    index = {name: i for i, name in enumerate(results["strategies"])} | {None: -1}
+    dialogues = []
+    for number, dialogue in enumerate(results["dialogues"]):
+        records = [records[number] for records in results["answers"].values()]
+        turns = dialogue["turns"]
         dialogues.append(
             {
                 "id": dialogue["id"],
-                "texts": [turn["text"] for turn in dialogue["turns"]],
-                "gold": gold,
-                "systems": systems,
+                "texts": [turn["text"] for turn in turns],
+                "gold": [index[turn["strategy"]] for turn in turns[1::2]],
+                "systems": [answers_of(record, index) for record in records],
             }
         )
-    found = {
+    shown = {
         "strategies": results["strategies"],
         "systems": list(results["answers"]),
         "dialogues": dialogues,
     }
-    return json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def answers_of(record: dict, index: dict[str | None, int]) -> dict:
+    """What the browser shows of one system's record of a dialogue."""
+    drawn = [[index[name] for name in names] for names in record["predicted"]]
+    probabilities = np.exp(record["logps"]).round(3).tolist()
+    return {"said": drawn, "p": probabilities, "replies": record["replies"]}

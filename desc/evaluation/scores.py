@@ -1,7 +1,9 @@
-"""What systems did: counted dialogue by dialogue, then summed up as rows of numbers with
-intervals."""
+"""What systems answered as numbers: counted dialogue by dialogue, then summed up and scored, with
+95 % intervals."""
 
 from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,168 +27,250 @@ from desc.mining import UNREADABLE
 from desc.sampling import temper
 from desc.strategies import Strategies
 
-FREQUENCIES = "training frequencies"  # the row of a planner that knows nothing of the context
+FREQUENCIES = "training frequencies"  # the row of a planner that ignores the context
+TOP = (2, 3)  # the k of the columns top-k
+SIDES = ("ours", "theirs")  # in this order a verdict's two replies are shown first
+
+Counts = dict[str, np.ndarray]  # what is added up over dialogues, by name
 
 
-def count_plans(record: dict, strategies: Strategies, config) -> dict[str, np.ndarray]:
-    """Of one dialogue, what a planner's scores are computed from: counts and sums, to be added up
-    over dialogues.
+def count_predictions(record: dict, strategies: Strategies, config) -> Counts:
+    """The counts and sums of one dialogue that a planner's scores are computed from.
 
-    `config` (a desc.cli.SampleConfig) says how strategies are sampled, for the expected confusion
-    matrix."""
-    gold, turns, size = record["gold"], len(record["gold"]), len(strategies)
-    parsed = [[(g, p) for g, p in zip(gold, drawn) if p] for drawn in record["predicted"]]
-    sums = {"turns": np.array(float(turns))}
-    sums["sampled"] = np.stack(
-        [
-            confusion(*zip(*pairs), strategies) if pairs else np.zeros((size, size))
-            for pairs in parsed
-        ]
-    )
-    if record["logps"]:
-        logps = np.array(record["logps"])
-        sums["greedy"] = confusion(gold, [strategies[i] for i in logps.argmax(1)], strategies)
-        probabilities = temper(torch.from_numpy(logps), config.temperature, config.top_p).numpy()
-        sums["expected"] = expected_confusion(probabilities, gold, strategies)
-        sums["nll"] = np.array(turns * negative_log_likelihood(logps, gold, strategies))
-        sums["top"] = np.array([top_hits(logps, gold, k, strategies) for k in (2, 3)])
-        sums["calibration"] = calibration_counts(logps, gold, strategies)
-    return sums
+    `config` (a desc.cli.SampleConfig) says how strategies are sampled, because the expected
+    confusion matrix depends on it."""
+    gold = record["gold"]
+    turns = len(gold)
+    sampled = [confusion_of_parsed(gold, drawn, strategies) for drawn in record["predicted"]]
+    counts = {"turns": np.array(float(turns)), "sampled": np.stack(sampled)}
+    if not record["logps"]:
+        return counts
+    logps = np.array(record["logps"])
+    likeliest = [strategies[i] for i in logps.argmax(1)]
+    probabilities = temper(torch.from_numpy(logps), config.temperature, config.top_p).numpy()
+    counts["greedy"] = confusion(gold, likeliest, strategies)
+    counts["expected"] = expected_confusion(probabilities, gold, strategies)
+    counts["nll"] = np.array(turns * negative_log_likelihood(logps, gold, strategies))
+    counts["top"] = np.array([top_hits(logps, gold, k, strategies) for k in TOP])
+    counts["calibration"] = calibration_counts(logps, gold, strategies)
+    return counts
 
 
-def score_plans(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A planner's columns from count_plans' sums, all with leading dimensions (…); percent but for
-    B and nll.
+def confusion_of_parsed(
+    gold: list[str], predicted: list[str | None], strategies: Strategies
+) -> np.ndarray:
+    """The confusion matrix (K, K) of the turns whose prediction could be parsed."""
+    parsed = [turn for turn, name in enumerate(predicted) if name]
+    return confusion([gold[t] for t in parsed], [predicted[t] for t in parsed], strategies)
 
-    What several seeds drew is scored apart, and the mean given: the scores of one draw, without the
-    luck of it."""
-    scores, turns = scores_of_confusion(sums["sampled"]), sums["turns"]
-    found = {
+
+def score_predictions(counts: Counts) -> dict[str, np.ndarray]:
+    """A planner's columns from sums of count_predictions, all with leading dimensions (…).
+
+    In percent, but for B and nll. Each seed's draws are scored by themselves, and the mean over
+    seeds is given: what to expect of one draw, without its luck."""
+    turns = counts["turns"]
+    scores = scores_of_confusion(counts["sampled"])
+    parsed = counts["sampled"].sum((-2, -1)).mean(-1)
+    columns = {
         "accuracy": 100 * scores.accuracy.mean(-1),
         "Q": 100 * scores.macro_f1.mean(-1),
         "Q_W": 100 * scores.weighted_f1.mean(-1),
+        "B": bias_of_confusion(counts["sampled"]).bias.mean(-1),
+        "invalid": 100 * (1 - parsed / turns),
     }
-    found["B"] = bias_of_confusion(sums["sampled"]).bias.mean(-1)
-    found["invalid"] = 100 * (1 - sums["sampled"].sum((-2, -1)).mean(-1) / turns)
-    if "greedy" in sums:
-        found["greedy"] = 100 * scores_of_confusion(sums["greedy"]).accuracy
-        found |= {f"top-{k}": 100 * sums["top"][..., i] / turns for i, k in enumerate((2, 3))}
-        found |= {
-            f"B {kind}": bias_of_confusion(sums[kind]).bias for kind in ("greedy", "expected")
-        }
-        found |= {"nll": sums["nll"] / turns, "ece": 100 * calibration_error(sums["calibration"])}
-    return found
+    if "greedy" not in counts:
+        return columns
+    columns["greedy"] = 100 * scores_of_confusion(counts["greedy"]).accuracy
+    for i, k in enumerate(TOP):
+        columns[f"top-{k}"] = 100 * counts["top"][..., i] / turns
+    for kind in ("greedy", "expected"):
+        columns[f"B {kind}"] = bias_of_confusion(counts[kind]).bias
+    columns["nll"] = counts["nll"] / turns
+    columns["ece"] = 100 * calibration_error(counts["calibration"])
+    return columns
 
 
-def count_replies(record: dict) -> dict[str, np.ndarray]:
-    """Of one dialogue, each column of its replies, of what the annotator found in them and of the
-    judge's word: (sum, number)."""
-    pairs = zip(record["human"], record["replies"], strict=True)
-    each = [turn_scores(words(human), words(reply)) for human, reply in pairs]
-    found = {
-        name: [scores[name] * (1 if name == "length" else 100) for scores in each]
-        for name in each[0]
-    }
-    judged, ratings, verdicts = (record.get(kind, []) for kind in ("judged", "ratings", "verdicts"))
-    errors = [one["error"] for one in judged]
-    found["faultless"] = [100 * (error == "none") for error in errors if error != UNREADABLE]
-    points = {rubric: [won(turn[rubric]) for turn in verdicts] for rubric in RUBRICS}
+def count_replies(record: dict) -> Counts:
+    """(sum, number) of the values in each column of one dialogue's replies, of the annotator's
+    judgements on them and of the judge's ratings and verdicts."""
+    annotations = count_annotations(record.get("judged", []))
+    ratings = count_ratings(record.get("ratings", []))
+    verdicts = count_verdicts(record.get("verdicts", []))
+
+    values = count_text(record["human"], record["replies"])
+    values["faultless"] = annotations["faultless"]
     for rubric in RUBRICS:
-        found[rubric] = [turn[rubric] for turn in ratings if turn[rubric] is not None]
-        found[f"{rubric} wins"] = [100 * p for p in points[rubric] if p is not None]
-    found["ties"] = [100 * (p == 0.5) for ps in points.values() for p in ps if p is not None]
-    places = [
-        place
-        for turn in verdicts
-        for both in turn.values()
-        for place in zip(both, ("ours", "theirs"))
+        values[rubric] = ratings[rubric]
+        values[f"{rubric} wins"] = verdicts[f"{rubric} wins"]
+    for column in ("ties", "first shown"):
+        values[column] = verdicts[column]
+    values["unreadable"] = [
+        *annotations["unreadable"],
+        *ratings["unreadable"],
+        *verdicts["unreadable"],
     ]
-    found["first shown"] = [
-        100 * (said == first) for said, first in places if said in ("ours", "theirs")
-    ]
-    said = [
-        *errors,
-        *(rating for turn in ratings for rating in turn.values()),
-        *(said for said, _ in places),
-    ]
-    found["unreadable"] = [100 * (word in (None, UNREADABLE)) for word in said]
-    sums = {column: np.array([sum(values), len(values)], float) for column, values in found.items()}
-    return sums | {"self-repetition": np.array([100, 1]) * self_repetition(record["replies"])}
+    counts = {column: np.array([sum(each), len(each)], float) for column, each in values.items()}
+    repeated, trigrams = self_repetition(record["replies"])
+    counts["self-repetition"] = np.array([100 * repeated, trigrams])
+    return counts
 
 
-def won(verdicts: list[str | None]) -> float | None:
-    """1, ½ or 0: a reply wins where it is called better in both places; None where a verdict could
-    not be read."""
-    return (
-        None
-        if None in verdicts
-        else {("ours", "ours"): 1.0, ("theirs", "theirs"): 0.0}.get(tuple(verdicts), 0.5)
-    )
+def count_text(human: list[str], replies: list[str]) -> dict[str, list[float]]:
+    """Each turn's text metrics by column, in percent, but for the length in words."""
+    pairs = zip(human, replies, strict=True)
+    turns = [turn_scores(words(reference), words(reply)) for reference, reply in pairs]
+    values = {}
+    for column in turns[0]:
+        scale = 1 if column == "length" else 100
+        values[column] = [scale * scores[column] for scores in turns]
+    return values
 
 
-def score_replies(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns of which there is something, from count_replies' sums."""
+def count_annotations(judged: list[dict]) -> dict[str, list[float]]:
+    """Of the annotator's judgements: which replies have no error, and which judgements are
+    unreadable."""
+    errors = [judgement["error"] for judgement in judged]
+    readable = [error for error in errors if error != UNREADABLE]
     return {
-        column: pair[..., 0] / np.maximum(pair[..., 1], 1e-12)
-        for column, pair in sums.items()
-        if pair[..., 1].any()
+        "faultless": to_percent(error == "none" for error in readable),
+        "unreadable": to_percent(error == UNREADABLE for error in errors),
     }
+
+
+def count_ratings(ratings: list[dict[str, float | None]]) -> dict[str, list[float]]:
+    """The judge's readable ratings by rubric, 0 … 5, and which ones are unreadable."""
+    values = {}
+    for rubric in RUBRICS:
+        values[rubric] = [turn[rubric] for turn in ratings if turn[rubric] is not None]
+    values["unreadable"] = to_percent(
+        rating is None for turn in ratings for rating in turn.values()
+    )
+    return values
+
+
+def count_verdicts(verdicts: list[dict[str, list[str | None]]]) -> dict[str, list[float]]:
+    """Of the judge's verdicts against the first system: wins by rubric, ties, which verdicts
+    preferred the reply shown first, and which ones are unreadable."""
+    values = {"ties": [], "first shown": [], "unreadable": []}
+    for rubric in RUBRICS:
+        pairs = [turn[rubric] for turn in verdicts]
+        points = [score_verdicts(pair) for pair in pairs]
+        readable = [point for point in points if point is not None]
+        values[f"{rubric} wins"] = [100 * point for point in readable]
+        values["ties"] += to_percent(point == 0.5 for point in readable)
+
+        shown = [(verdict, first) for pair in pairs for verdict, first in zip(pair, SIDES)]
+        decided = [(verdict, first) for verdict, first in shown if verdict in SIDES]
+        values["first shown"] += to_percent(verdict == first for verdict, first in decided)
+        values["unreadable"] += to_percent(verdict is None for verdict, _ in shown)
+    return values
+
+
+def score_verdicts(pair: list[str | None]) -> float | None:
+    """1 if a reply is called better in both orders, 0 if the other one is, ½ otherwise. None if a
+    verdict is unreadable."""
+    if None in pair:
+        return None
+    if set(pair) == {"ours"}:
+        return 1.0
+    if set(pair) == {"theirs"}:
+        return 0.0
+    return 0.5
+
+
+def to_percent(flags: Iterable[bool]) -> list[float]:
+    """100 for each true flag and 0 for each false one, so that their mean is a percentage."""
+    return [100.0 if flag else 0.0 for flag in flags]
+
+
+def score_replies(counts: Counts) -> dict[str, np.ndarray]:
+    """The mean of each column that has any values, from sums of count_replies (…, 2)."""
+    means = {}
+    for column, pair in counts.items():
+        total, number = pair[..., 0], pair[..., 1]
+        if number.any():
+            means[column] = total / np.maximum(number, 1e-12)
+    return means
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One score over all dialogues, and over resamples of them (the bootstrap)."""
+
+    value: np.ndarray  # ()
+    resampled: np.ndarray  # (samples,)
+
+
+def estimate_scores(
+    counts: list[Counts], score: Callable[[Counts], dict[str, np.ndarray]], seed: int
+) -> dict[str, Estimate]:
+    """The columns that `score` computes from the sum of `counts`, one per dialogue; {} without
+    dialogues. The same seed draws the same dialogues for every system."""
+    if not counts:
+        return {}
+    sums, resampled_sums = {}, {}
+    for name in counts[0]:
+        by_dialogue = [count[name] for count in counts]
+        sums[name] = sum(by_dialogue)
+        resampled_sums[name] = resample(by_dialogue, seed=seed)
+    values = score(sums)
+    resampled = score(resampled_sums)
+    return {column: Estimate(value, resampled[column]) for column, value in values.items()}
+
+
+def make_columns(estimates: dict[str, Estimate], first: dict[str, Estimate]) -> dict:
+    """Each score with its "interval" and, if `first` (the first system's) has it too, its
+    "difference", which is paired by dialogue."""
+    columns = {}
+    for column, estimate in estimates.items():
+        columns[column] = float(estimate.value)
+        columns[f"{column} interval"] = interval(estimate.resampled)
+        if column in first:
+            difference = float(estimate.value - first[column].value)
+            low, high = interval(estimate.resampled - first[column].resampled)
+            columns[f"{column} difference"] = (difference, low, high)
+    return columns
 
 
 def summarise(systems: dict[str, list[dict]], strategies: Strategies, config) -> dict[str, dict]:
-    """A row a system: its scores by column, "COLUMN interval" of 95 % and, after the first system,
-    "COLUMN difference" to the first: the difference and its interval, paired by dialogue; what
-    single strategies and seeds did; and scores of all replies together."""
-    rows, first = {}, {}
+    """{system: its row} from {system: one record per dialogue}.
+
+    A row holds each score by COLUMN, "COLUMN interval" (95 %) and, after the first system, "COLUMN
+    difference": the difference to the first system and its interval, paired by dialogue. It also
+    holds what single strategies and seeds did, the annotator's errors, and the scores of all
+    replies together. `config` is a desc.cli.SampleConfig; its seed draws the resamples."""
+    rows = {}
+    first = {}
     for name, records in systems.items():
         answered = [record for record in records if record["replies"]]
+        predictions = [count_predictions(record, strategies, config) for record in records]
+        replies = [count_replies(record) for record in answered]
+        estimates = estimate_scores(predictions, score_predictions, config.seed)
+        estimates |= estimate_scores(replies, score_replies, config.seed)
+
         row = {
-            "turns": sum(len(r["gold"]) for r in records),
-            "replies": sum(len(r["replies"]) for r in answered),
+            "turns": sum(len(record["gold"]) for record in records),
+            "replies": sum(len(record["replies"]) for record in answered),
         }
-        plans = [count_plans(record, strategies, config) for record in records]
-        for counted, score in (
-            (plans, score_plans),
-            ([count_replies(record) for record in answered], score_replies),
-        ):
-            if not counted:
-                continue
-            whole = score({key: sum(one[key] for one in counted) for key in counted[0]})
-            drawn = score(
-                {
-                    key: resample([one[key] for one in counted], seed=config.seed)
-                    for key in counted[0]
-                }
-            )
-            for column, value in whole.items():
-                row |= {column: float(value), f"{column} interval": interval(drawn[column])}
-                if column in first:
-                    row[f"{column} difference"] = (
-                        float(value - first[column][0]),
-                        *interval(drawn[column] - first[column][1]),
-                    )
-                elif not rows:
-                    first[column] = value, drawn[column]
-        row |= by_strategy(sum(one["sampled"] for one in plans), strategies)
-        if found := Counter(
-            judged["error"] for record in answered for judged in record.get("judged", [])
-        ):
-            row["errors"] = found
-        if answered:
-            replies, human = (
-                [text for record in answered for text in record[side]]
-                for side in ("replies", "human")
-            )
-            row |= corpus_scores(human, replies) | {"near-copies": 100 * near_copies(replies)}
+        row |= make_columns(estimates, first)
+        row |= score_each_strategy(sum(counts["sampled"] for counts in predictions), strategies)
+        row |= count_errors(answered)
+        row |= score_all_replies(answered)
+        if not rows:
+            first = estimates
         rows[name] = row
     return rows
 
 
-def by_strategy(sampled: np.ndarray, strategies: Strategies) -> dict:
-    """Of seeds' confusion matrices (S, K, K): the preferences, precision and recall of each
-    strategy, and the mean matrix."""
-    mean, scores, bias = sampled.mean(0), scores_of_confusion(sampled), bias_of_confusion(sampled)
-    precision, recall = (mean.diagonal() / np.maximum(mean.sum(axis), 1e-12) for axis in (1, 0))
+def score_each_strategy(sampled: np.ndarray, strategies: Strategies) -> dict:
+    """The preferences, precision and recall of each strategy, the mean confusion matrix, and each
+    seed's scores, from the seeds' confusion matrices (S, K, K)."""
+    scores = scores_of_confusion(sampled)
+    bias = bias_of_confusion(sampled)
+    mean = sampled.mean(0)
+    precision = mean.diagonal() / np.maximum(mean.sum(1), 1e-12)
+    recall = mean.diagonal() / np.maximum(mean.sum(0), 1e-12)
     return {
         "preferences": dict(zip(strategies, bias.preferences.mean(0).tolist())),
         "precision": dict(zip(strategies, precision.tolist())),
@@ -200,25 +284,37 @@ def by_strategy(sampled: np.ndarray, strategies: Strategies) -> dict:
     }
 
 
+def count_errors(answered: list[dict]) -> dict[str, Counter]:
+    """{"errors": replies by the annotator's error}; {} if no reply was annotated."""
+    judged = [judgement for record in answered for judgement in record.get("judged", [])]
+    errors = Counter(judgement["error"] for judgement in judged)
+    return {"errors": errors} if errors else {}
+
+
+def score_all_replies(answered: list[dict]) -> dict[str, float]:
+    """The text metrics of all replies together, in percent; {} if there are none."""
+    if not answered:
+        return {}
+    human = [text for record in answered for text in record["human"]]
+    replies = [text for record in answered for text in record["replies"]]
+    return corpus_scores(human, replies) | {"near-copies": 100 * near_copies(replies)}
+
+
 def frequency_row(train: list[Dialogue], test: list[Dialogue], strategies: Strategies) -> dict:
-    """The expected scores of always drawing from the training strategies' frequencies: what knowing
-    nothing of the context gives."""
-    counts = Counter(turn.strategy for dialogue in train for turn in dialogue.turns[1::2])
+    """The expected scores of always drawing from the frequencies of the training strategies: what a
+    planner reaches that ignores the context."""
+    counts = Counter(turn.strategy for dialogue in train for turn in dialogue.supporter_turns())
     frequencies = np.array([counts[name] for name in strategies]) / counts.total()
-    gold = [turn.strategy for dialogue in test for turn in dialogue.turns[1::2]]
-    always = np.tile(frequencies, (len(gold), 1))
-    expected, logps = (
-        expected_confusion(always, gold, strategies),
-        np.log(np.maximum(always, 1e-12)),
-    )
+    gold = [turn.strategy for dialogue in test for turn in dialogue.supporter_turns()]
+    probabilities = np.tile(frequencies, (len(gold), 1))
+    logps = np.log(np.maximum(probabilities, 1e-12))
+    expected = expected_confusion(probabilities, gold, strategies)
     scores = scores_of_confusion(expected)
-    row = {
-        "accuracy": 100 * scores.accuracy,
-        "Q": 100 * scores.macro_f1,
-        "Q_W": 100 * scores.weighted_f1,
+    return {
+        "turns": len(gold),
+        "accuracy": float(100 * scores.accuracy),
+        "Q": float(100 * scores.macro_f1),
+        "Q_W": float(100 * scores.weighted_f1),
+        "B expected": float(bias_of_confusion(expected).bias),
+        "nll": float(negative_log_likelihood(logps, gold, strategies)),
     }
-    row |= {
-        "B expected": bias_of_confusion(expected).bias,
-        "nll": negative_log_likelihood(logps, gold, strategies),
-    }
-    return {"turns": len(gold)} | {column: float(value) for column, value in row.items()}

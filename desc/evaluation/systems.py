@@ -1,8 +1,10 @@
-"""Systems: a planner and a generator, or one model for both, each with its adapter, and what they
-answer."""
+"""The systems that are compared: which there are, the strategies they plan and the replies they
+write."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from desc import DescError, cli
 from desc.esconv import Dialogue
@@ -14,145 +16,268 @@ from desc.sampling import draw_strategies, score_strategies, write_dialogue
 from desc.storage.adapters import adapter_digest
 from desc.strategies import Strategies
 
+BASE = "base"  # instead of an adapter's folder: the model without an adapter
+GOLD = "gold"  # instead of the planner's folder: the human strategies
 
-def find_systems(config) -> dict[str, dict[str, str]]:
-    """{system: {module: adapter}}, as --systems says or OUT holds; `config` is evaluate.py's.
+# The tasks that a system may have, the planner's first; and which of them writes the replies.
+GENERATOR_OF = {("sp",): None, ("sp", "rg"): "rg", ("vanilla",): "vanilla"}
 
-    Raises DescError where one cannot be understood, and where there is none."""
-    systems = {}
-    for text in config.systems:
-        name, _, rest = text.partition("=")
-        # sp before rg
-        modules = dict(sorted((part.partition(":")[::2] for part in rest.split(",")), reverse=True))
-        systems[name] = modules
-        right = tuple(modules) in (("sp",), ("sp", "rg"), ("vanilla",)) and all(
-            (name, *modules.values())
-        )
-        if not right or rest.count(",") + 1 > len(modules):
-            raise DescError(
-                f"--systems {text}: should be NAME=sp:ADAPTER,rg:ADAPTER, NAME=sp:ADAPTER or"
-                " NAME=vanilla:ADAPTER"
-            )
-    if len(systems) < len(config.systems) or FREQUENCIES in systems:
-        raise DescError(f"--systems: two have the same name, or one that of {FREQUENCIES!r}")
-    for kind in (("sp",) if config.reply_dialogues < 0 else ("sp", "rg"), ("vanilla",)):
-        for stage in ("sft", "dpo") if not config.systems else ():
-            found = {module: str(Path(config.out) / module / stage) for module in kind}
-            if all(adapter_digest(Path(folder)) for folder in found.values()):
-                systems[stage if kind[0] == "sp" else f"vanilla {stage}"] = found
+
+@dataclass(frozen=True)
+class System:
+    """A planner alone, a planner and a generator, or one model for both (vanilla).
+
+    An adapter is the path of its folder or "base". The planner sp may have "gold" instead: then it
+    is no model, and the human strategies are taken."""
+
+    name: str
+    planner: str  # its task, "sp" or "vanilla"
+    planner_adapter: str
+    generator: str | None = None  # its task, "rg" or "vanilla"; None if replies are not written
+    generator_adapter: str | None = None
+
+    @property
+    def plans_as_human(self) -> bool:
+        return self.planner == "sp" and self.planner_adapter == GOLD
+
+    def adapters(self) -> dict[str, str]:
+        """{task: adapter}, the planner's first; a single one if one model does both."""
+        adapters = {self.planner: self.planner_adapter}
+        if self.generator:
+            adapters[self.generator] = self.generator_adapter
+        return adapters
+
+    def digests(self) -> dict[str, str]:
+        """{task: digest of the adapter's weights}; "base" and "gold" stand for themselves."""
+        adapters = self.adapters()
+        return {
+            task: adapter_digest(Path(adapter)) or adapter for task, adapter in adapters.items()
+        }
+
+
+def find_systems(config) -> list[System]:
+    """The systems that --systems names or, without that flag, those whose adapters OUT holds.
+
+    `config` is evaluate.py's. Raises DescError if a system cannot be understood, if two have the
+    same name, or if there is none."""
+    if config.systems:
+        systems = [parse_system(text) for text in config.systems]
+    else:
+        systems = systems_in_out(config)
     if not systems:
         raise DescError(
             f"no system to evaluate in {config.out}: run train_sft.py and train_dpo.py first, or"
             " give --systems"
         )
+    names = {system.name for system in systems}
+    if len(names) < len(systems) or FREQUENCIES in names:
+        raise DescError(f"--systems: two have the same name, or one that of {FREQUENCIES!r}")
     return systems
 
 
-def load_systems(model, systems: dict[str, dict[str, str]]) -> dict[str, dict[str, str | None]]:
-    """Attach every adapter once: {system: {module: the adapter's name in the model, "" for base,
-    None for gold}}."""
-    attached = {"base": ""}
-    for modules in systems.values():
-        for module, folder in modules.items():
-            if folder not in attached and (module, folder) != ("sp", "gold"):
-                cli.use_adapter(
-                    model, Path(folder), attached.setdefault(folder, f"adapter{len(attached)}")
-                )
-    return {
-        name: {module: attached.get(folder) for module, folder in modules.items()}
-        for name, modules in systems.items()
-    }
+def parse_system(text: str) -> System:
+    """The system of "NAME=TASK:ADAPTER,…". Raises DescError if a part is missing, unknown or given
+    twice."""
+    name, _, rest = text.partition("=")
+    parts = rest.split(",")
+    adapters = {}
+    for part in parts:
+        task, _, adapter = part.partition(":")
+        adapters[task] = adapter
+    given_twice = len(adapters) < len(parts)
+    complete = bool(name) and all(adapters.values())
+    tasks = tuple(sorted(adapters, reverse=True))  # sp before rg
+    if given_twice or not complete or tasks not in GENERATOR_OF:
+        raise DescError(
+            f"--systems {text}: should be NAME=sp:ADAPTER,rg:ADAPTER, NAME=sp:ADAPTER or"
+            " NAME=vanilla:ADAPTER"
+        )
+    return make_system(name, tasks, adapters)
 
 
-def plan(
-    model,
-    tokenizer,
+def systems_in_out(config) -> list[System]:
+    """The systems whose adapters lie in OUT: after SFT and after DPO, vanilla's last.
+
+    A generator is only needed if replies are to be written."""
+    decoupled = ("sp",) if config.reply_dialogues < 0 else ("sp", "rg")
+    systems = []
+    for prefix, tasks in (("", decoupled), ("vanilla ", ("vanilla",))):
+        for stage in ("sft", "dpo"):
+            adapters = {task: str(Path(config.out) / task / stage) for task in tasks}
+            if all(adapter_digest(Path(adapter)) for adapter in adapters.values()):
+                systems.append(make_system(prefix + stage, tasks, adapters))
+    return systems
+
+
+def make_system(name: str, tasks: tuple[str, ...], adapters: dict[str, str]) -> System:
+    """A system of one of the kinds in GENERATOR_OF; `adapters` {task: adapter}."""
+    planner = tasks[0]
+    generator = GENERATOR_OF[tasks]
+    return System(name, planner, adapters[planner], generator, adapters.get(generator))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model with the adapters of all systems attached."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    adapter_names: dict[str, str]  # {an adapter of a System: its name in the model}
+
+    def with_adapter(self, adapter: str):
+        """A context in which the model has this adapter alone."""
+        return adapter_only(self.model, self.adapter_names[adapter])
+
+
+def load_systems(model, tokenizer, systems: list[System]) -> LoadedModel:
+    """Attach the adapter of every system, each once. Raises DescError if a folder holds none."""
+    names = {BASE: ""}
+    for system in systems:
+        for task, adapter in system.adapters().items():
+            is_human = task == system.planner and system.plans_as_human
+            if is_human or adapter in names:
+                continue
+            names[adapter] = f"adapter{len(names)}"
+            cli.use_adapter(model, Path(adapter), names[adapter])
+    return LoadedModel(model, tokenizer, names)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a planner plans for the T supporter turns of a dialogue."""
+
+    predicted: list[list[str | None]]  # [seed][turn]; None if what was written is no strategy
+    logps: list[list[float]]  # (T, K) in nats; [] unless all K strategies were scored
+    written: list[str]  # the first seed's texts (T); [] unless strategies were written freely
+
+
+def plan_strategies(
+    system: System, loaded: LoadedModel, config, dialogue: Dialogue, strategies: Strategies
+) -> Plan:
+    """What the planner of a system plans on the human history, with config.seeds seeds.
+
+    `config` is evaluate.py's; its `decode` says how the planner is asked."""
+    if system.plans_as_human:
+        gold = [turn.strategy for turn in dialogue.supporter_turns()]
+        return Plan([gold] * config.seeds, [], [])
+    configs = [replace(config, seed=config.seed + i) for i in range(config.seeds)]
+    with loaded.with_adapter(system.planner_adapter):
+        if config.decode == "scored":
+            return plan_scored(system.planner, loaded, configs, dialogue, strategies)
+        return plan_freely(system.planner, loaded, configs, dialogue, strategies)
+
+
+def plan_scored(
+    task: str, loaded: LoadedModel, configs: list, dialogue: Dialogue, strategies: Strategies
+) -> Plan:
+    """Strategies drawn from the exact distribution over all names, once by each of `configs`."""
+    logps = score_strategies(
+        loaded.model,
+        loaded.tokenizer,
+        task,
+        [dialogue],
+        strategies,
+        configs[0].max_length,
+        configs[0].max_tokens,
+    )
+    predicted = [draw_strategies(logps, config, dialogue, strategies) for config in configs]
+    return Plan(predicted, logps.tolist(), [])
+
+
+def plan_freely(
+    task: str, loaded: LoadedModel, configs: list, dialogue: Dialogue, strategies: Strategies
+) -> Plan:
+    """Strategies written freely and parsed, as the paper does; once by each of `configs`."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    unplanned = [(turn, None) for turn in range(len(dialogue))]
+    texts_by_seed = [
+        write_dialogue(model, tokenizer, config, task, dialogue, unplanned, strategies)
+        for config in configs
+    ]
+    predicted = [
+        [parse_strategy(task, text, strategies) for text in texts] for texts in texts_by_seed
+    ]
+    return Plan(predicted, [], texts_by_seed[0])
+
+
+def parse_strategy(task: str, text: str, strategies: Strategies) -> str | None:
+    """The strategy in what a planner wrote, None if there is none. sp writes its name alone;
+    vanilla writes it as the tag that opens its reply."""
+    if task == "vanilla":
+        return strategies.split_tag(text)[0]
+    return strategies.parse(text)
+
+
+def answer_dialogue_as(
+    system: System,
+    loaded: LoadedModel,
     config,
-    module: str,
-    adapter: str | None,
     dialogue: Dialogue,
     strategies: Strategies,
-):
-    """(log-probabilities (T, K) or [], strategies by seed, what was written by the first seed);
-    None where none could be parsed."""
-    if adapter is None:
-        return [], [[turn.strategy for turn in dialogue.turns[1::2]]] * config.seeds, []
-    configs = [replace(config, seed=config.seed + i) for i in range(config.seeds)]
-    with adapter_only(model, adapter):
-        if config.decode == "scored":
-            logps = score_strategies(
-                model,
-                tokenizer,
-                module,
-                [dialogue],
-                strategies,
-                config.max_length,
-                config.max_tokens,
-            )
-            return (
-                logps.tolist(),
-                [draw_strategies(logps, c, dialogue, strategies) for c in configs],
-                [],
-            )
-        unplanned = [(turn, None) for turn in range(len(dialogue))]
-        written = [
-            write_dialogue(model, tokenizer, c, module, dialogue, unplanned, strategies)
-            for c in configs
-        ]
-    read = strategies.parse if module == "sp" else lambda text: strategies.split_tag(text)[0]
-    return [], [[read(text) for text in texts] for texts in written], written[0]
-
-
-def answer(
-    model, tokenizer, config, modules: dict, dialogue: Dialogue, strategies: Strategies, reply: bool
+    with_replies: bool,
 ) -> dict:
-    """What one system says at every turn of a dialogue."""
-    (planner, adapter), (generator, voice) = list(modules.items())[0], list(modules.items())[-1]
-    logps, predicted, written = plan(
-        model, tokenizer, config, planner, adapter, dialogue, strategies
-    )
-    # a generator must be told something
-    replies, followed = [], [name or strategies[-1] for name in predicted[0]]
-    if reply and generator == "vanilla" and written:
-        replies, followed = (
-            [strategies.split_tag(text)[1] for text in written],
-            [name or "none" for name in predicted[0]],
-        )
-    elif reply and generator != "sp":
-        with adapter_only(model, voice):
+    """The record of what a system answers at the T supporter turns of a dialogue, on the human
+    history.
+
+    "predicted" and "logps" are those of a Plan. "replies" (T) follow the first seed's strategies,
+    and "followed" (T) names these; without `with_replies`, or without a generator, "replies" is [].
+    "gold" and "human" (T) are the strategies and texts of the human supporter. `config` is
+    evaluate.py's."""
+    plan = plan_strategies(system, loaded, config, dialogue, strategies)
+    # A generator needs a strategy, even if the planner wrote none.
+    followed = [name or strategies[-1] for name in plan.predicted[0]]
+    replies = []
+    if with_replies and system.generator == "vanilla" and plan.written:
+        # Free decoding has written the replies already, each behind its strategy.
+        followed = [name or "none" for name in plan.predicted[0]]
+        replies = [strategies.split_tag(text)[1] for text in plan.written]
+    elif with_replies and system.generator:
+        model, tokenizer = loaded.model, loaded.tokenizer
+        planned = list(enumerate(followed))
+        with loaded.with_adapter(system.generator_adapter):
             replies = write_dialogue(
-                model, tokenizer, config, generator, dialogue, list(enumerate(followed)), strategies
+                model, tokenizer, config, system.generator, dialogue, planned, strategies
             )
-    human = dialogue.turns[1::2]
-    said = {
+    human = dialogue.supporter_turns()
+    return {
         "dialogue": dialogue.id,
         "gold": [turn.strategy for turn in human],
-        "predicted": predicted,
-        "logps": logps,
+        "predicted": plan.predicted,
+        "logps": plan.logps,
+        "human": [turn.text for turn in human],
+        "replies": replies,
+        "followed": followed,
     }
-    return said | {"human": [turn.text for turn in human], "replies": replies, "followed": followed}
 
 
-def criticise(
-    annotator: Annotator | None, judge: Judge | None, dialogue: Dialogue, said: dict[str, dict]
+def annotate_and_judge(
+    annotator: Annotator | None, judge: Judge | None, dialogue: Dialogue, answers: dict[str, dict]
 ) -> list[dict]:
-    """Add to each system's record what annotator and judge say of its replies; returns the judge's
-    transcript."""
-    transcript, first = [], next(iter(said))
-    for name, record in said.items():
+    """Add to the record of each system what is said of its replies. `answers` is {system: record}.
+
+    The annotator's judgements become "judged". The judge's ratings become "ratings", and its
+    verdicts against the first system "verdicts". Returns the judge's transcript."""
+    transcript = []
+    first = next(iter(answers))
+    first_replies = answers[first]["replies"]
+    for name, record in answers.items():
         replies = record["replies"]
-        if annotator and replies:
-            cases = [
-                Case(dialogue.history(turn), record["followed"][turn], reply)
-                for turn, reply in enumerate(replies)
-            ]
-            record["judged"] = [asdict(judged) for judged in annotator(cases)]
-        if judge and replies:
+        if not replies:
+            continue
+        if annotator:
+            record["judged"] = annotate(annotator, dialogue, record)
+        if judge:
             record["ratings"], lines = rate(judge, dialogue, replies)
             transcript += [{"system": name, **line} for line in lines]
-            if name != first and said[first]["replies"]:
-                record["verdicts"], lines = contest(
-                    judge, dialogue, replies, said[first]["replies"]
-                )
-                transcript += [{"system": name, "against": first, **line} for line in lines]
+        if judge and name != first and first_replies:
+            record["verdicts"], lines = contest(judge, dialogue, replies, first_replies)
+            transcript += [{"system": name, "against": first, **line} for line in lines]
     return transcript
+
+
+def annotate(annotator: Annotator, dialogue: Dialogue, record: dict) -> list[dict]:
+    """The annotator's judgements on the replies of a record, as dictionaries."""
+    cases = []
+    for turn, reply in enumerate(record["replies"]):
+        cases.append(Case(dialogue.history(turn), record["followed"][turn], reply))
+    return [asdict(judgement) for judgement in annotator(cases)]

@@ -1,9 +1,11 @@
-"""Rows of numbers as tables in Markdown."""
+"""Scores of systems, and counts of mined answers, as tables in Markdown."""
+
+from collections.abc import Iterable
 
 from desc.cli import markdown
 from desc.judging.judge import RUBRICS
 
-PLAN = (
+PLANNER_COLUMNS = (
     "accuracy",
     "greedy",
     "top-2",
@@ -17,7 +19,7 @@ PLAN = (
     "ece",
     "invalid",
 )
-TEXT = (
+TEXT_COLUMNS = (
     "distinct-1",
     "bleu-1",
     "f1",
@@ -28,86 +30,96 @@ TEXT = (
     "corpus distinct-1",
     "corpus bleu-4",
 )
-JUDGED = (
-    "faultless",
-    *RUBRICS,
-    *(f"{rubric} wins" for rubric in RUBRICS),
-    "ties",
-    "first shown",
-    "unreadable",
-)
+WINS = tuple(f"{rubric} wins" for rubric in RUBRICS)
+JUDGE_COLUMNS = ("faultless", *RUBRICS, *WINS, "ties", "first shown", "unreadable")
+# What the paper reports, and what is judged: in Markdown these alone show their intervals.
+INTERVAL_COLUMNS = ("Q", "B", "faultless", *RUBRICS, *WINS)
 
 
 def decimals(column: str) -> int:
-    return 3 if column[0] == "B" or column == "nll" else 2 if column in RUBRICS else 1
+    """How many decimals a column is shown with."""
+    if column.startswith("B") or column == "nll":
+        return 3
+    return 2 if column in RUBRICS else 1
+
+
+def select_columns(
+    rows: dict[str, dict], columns: Iterable[str]
+) -> tuple[list[str], dict[str, dict]]:
+    """Those of `columns` that some row has, and the rows that have any of them."""
+    shown = [column for column in columns if any(column in row for row in rows.values())]
+    filled = {name: row for name, row in rows.items() if any(column in row for column in shown)}
+    return shown, filled
 
 
 def tables(rows: dict[str, dict]) -> str:
-    """Markdown: a row a system, of the planner, of replies and of the judge, only the columns that
-    some row has; then the differences to the first system, with their intervals."""
+    """Up to four tables in Markdown of {system: its row}, as desc.evaluation.scores.summarise makes
+    them: of planners, of replies, of what was judged, and of differences to the first system. A
+    table without any values is left out."""
     parts = []
-    for columns in (PLAN, TEXT, JUDGED):
-        shown = [c for c in columns if any(c in row for row in rows.values())]
-        lines = [
-            [name, *(cell(row, c) for c in shown)]
-            for name, row in rows.items()
-            if any(c in row for c in shown)
-        ]
-        parts += [markdown([["system", *shown], *lines])] if lines else []
-    later = {name: row for name, row in rows.items() if "accuracy difference" in row}
-    lines = []
-    for column in (*PLAN, *TEXT, *JUDGED):
-        found = [row.get(f"{column} difference") for row in later.values()]
-        if any(found):
-            digits = decimals(column)
-            lines.append(
-                [
-                    column,
-                    *(
-                        f"{d[0]:+.{digits}f} ({d[1]:+.{digits}f} … {d[2]:+.{digits}f})" if d else ""
-                        for d in found
-                    ),
-                ]
-            )
-    return "\n\n".join(
-        parts + ([markdown([["difference to the first", *later], *lines])] if lines else [])
-    )
+    for columns in (PLANNER_COLUMNS, TEXT_COLUMNS, JUDGE_COLUMNS):
+        parts.append(score_table(rows, columns))
+    parts.append(difference_table(rows))
+    return "\n\n".join(part for part in parts if part)
 
 
-def cell(row: dict, column: str) -> str:
-    """With the interval of what the paper reports, and of what is judged."""
+def score_table(rows: dict[str, dict], columns: tuple[str, ...]) -> str:
+    """One line per system; "" if no system has any of `columns`."""
+    shown, filled = select_columns(rows, columns)
+    if not filled:
+        return ""
+    lines = [["system", *shown]]
+    for name, row in filled.items():
+        lines.append([name, *(markdown_cell(row, column) for column in shown)])
+    return markdown(lines)
+
+
+def markdown_cell(row: dict, column: str) -> str:
+    """A score, with its interval if the column is one of INTERVAL_COLUMNS."""
     if column not in row:
         return ""
     digits = decimals(column)
     text = f"{row[column]:.{digits}f}"
-    if column not in ("Q", "B", *JUDGED[:-3]) or f"{column} interval" not in row:
+    if column not in INTERVAL_COLUMNS or f"{column} interval" not in row:
         return text
     low, high = row[f"{column} interval"]
-    return f"{text} ({low:.{min(digits, 2)}f}–{high:.{min(digits, 2)}f})"
+    digits = min(digits, 2)
+    return f"{text} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def mining_table(found: dict) -> str:
-    """What desc.mining.account says, as text."""
-    answers = max(found["answers"], 1)
+def difference_table(rows: dict[str, dict]) -> str:
+    """One line per column with the differences of later systems to the first, and their intervals;
+    "" if there is no later system."""
+    later = {name: row for name, row in rows.items() if "accuracy difference" in row}
+    lines = [["difference to the first", *later]]
+    for column in (*PLANNER_COLUMNS, *TEXT_COLUMNS, *JUDGE_COLUMNS):
+        if any(f"{column} difference" in row for row in later.values()):
+            lines.append([column, *(difference_cell(row, column) for row in later.values())])
+    return markdown(lines) if later else ""
 
-    def counted(counts: dict) -> str:
-        return (
-            ", ".join(
-                f"{name} {n} ({100 * n / answers:.1f} %)"
-                for name, n in sorted(counts.items(), key=lambda c: -c[1])
-            )
-            or "none"
-        )
 
-    lines = [f"{found['answers']} answers, {found['pairs']} pairs"]
-    lines += [
-        f"{name}: {counted(found[name])}" for name in ("judged", "kept", "dropped") if found[name]
-    ]
-    rows = [["strategy", "chosen", "rejected"]]
-    rows += [
-        [name, str(n), str(found["rejected strategies"][name])]
-        for name, n in found["chosen strategies"].items()
-    ]
-    return "\n".join(
-        [*lines, "", markdown(rows), *(f"warning: {text}" for text in found["warnings"])]
-    )
+def difference_cell(row: dict, column: str) -> str:
+    if f"{column} difference" not in row:
+        return ""
+    digits = decimals(column)
+    difference, low, high = row[f"{column} difference"]
+    return f"{difference:+.{digits}f} ({low:+.{digits}f} … {high:+.{digits}f})"
+
+
+def mining_table(counts: dict) -> str:
+    """What desc.mining.account counted, as text."""
+    lines = [f"{counts['answers']} answers, {counts['pairs']} pairs"]
+    for name in ("judged", "kept", "dropped"):
+        if counts[name]:
+            lines.append(f"{name}: {list_shares(counts[name], counts['answers'])}")
+    strategies = [["strategy", "chosen", "rejected"]]
+    for name, chosen in counts["chosen strategies"].items():
+        strategies.append([name, str(chosen), str(counts["rejected strategies"][name])])
+    warnings = [f"caution: {text}" for text in counts["warnings"]]
+    return "\n".join([*lines, "", markdown(strategies), *warnings])
+
+
+def list_shares(counts: dict[str, int], total: int) -> str:
+    """ "NAME COUNT (PERCENT %), …", the commonest first."""
+    commonest = sorted(counts.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {n} ({100 * n / max(total, 1):.1f} %)" for name, n in commonest)

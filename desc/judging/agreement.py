@@ -1,264 +1,306 @@
-"""What people say of turns, by labels or ratings: asked for, read back, learned from, and held
-against an annotator or a judge."""
+"""How far the annotator and the judge agree with people.
+
+- A review: judged answers as a CSV, in which people label what is wrong with them.
+- Labelled turns, which the annotator labels, too.
+- Ratings: rated replies as a CSV, in which people rate them, too."""
 
 import csv
 import io
 import random
 import re
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from desc import DescError
 from desc.cli import markdown
-from desc.esconv import Dialogue
+from desc.esconv import Dialogue, flatten
 from desc.judging.judge import RUBRICS
-from desc.judging.labels import hold_out, read_labels
-from desc.judging.statistics import kappa_of_confusion, kendall, spearman
+from desc.judging.labels import annotate_labelled, hold_out, read_labels
+from desc.judging.statistics import (
+    Group,
+    Statistic,
+    bootstrap_statistic,
+    defined_interval,
+    kappa_of_confusion,
+    kendall,
+    pooled_statistic,
+    spearman,
+)
 from desc.metrics import interval, resample
 from desc.mining import LABELS, Annotator, Answer
 from desc.storage.files import read_text, write_bytes
 from desc.strategies import Strategies
 
-KEY = ("number", "dialogue", "turn", "annotator", "confidence", "explanation")
-FORMULA = ("=", "+", "-", "@", "\t")
-SHOWN = 6  # utterances of context in a review
+REVIEW_COLUMNS = ("number", "context", "strategy", "reply", "label")
+KEY_COLUMNS = ("number", "dialogue", "turn", "annotator", "confidence", "explanation")
+REPLY_COLUMNS = ("system", "dialogue", "turn", "context", "reply")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t")
+CONTEXT_LENGTH = 6  # utterances that people see before a reply
+NUMBER = re.compile(r"\s*\d+([.,]\d+)?\s*")
 
 
-def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int, seed: int) -> None:
-    """`count` random judged answers as a CSV for people to label, in their column "label" (UTF-8
-    with a mark, for spreadsheets). What the annotator says of them would sway people, so it goes
-    into a second file, the key."""
-    judged = [one for one in answers if one[1].judged]
-    rows, keys = [("number", "context", "strategy", "reply", "label")], [KEY]
-    for number, (dialogue, answer) in enumerate(
-        random.Random(seed).sample(judged, min(count, len(judged))), 1
-    ):
-        rows.append((number, context_of(dialogue, answer.turn), answer.strategy, answer.reply, ""))
-        keys.append(
-            (
-                number,
-                dialogue.id,
-                answer.turn,
-                answer.judged.error,
-                answer.judged.confidence,
-                answer.judged.explanation,
-            )
-        )
-    write_table(path, rows)
-    write_table(key_of(path), keys)
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def context_of(dialogue: Dialogue, turn: int) -> str:
-    return "\n".join(f"{now.speaker}: {now.text}" for now in dialogue.history(turn)[-SHOWN:])
-
-
-def write_table(path: Path, rows: list[Sequence]) -> None:
+def write_table(path: Path, lines: list[Sequence]) -> None:
+    """A CSV in UTF-8 with a mark, by which spreadsheets know the encoding."""
     text = io.StringIO()
-    # A spreadsheet would compute a cell that begins like a formula.
-    csv.writer(text).writerows(
-        [f"'{cell}" if str(cell).startswith(FORMULA) else cell for cell in row] for row in rows
-    )
+    writer = csv.writer(text)
+    for line in lines:
+        writer.writerow([disarm_formula(cell) for cell in line])
     write_bytes(path, text.getvalue().encode("utf-8-sig"))
 
 
+def disarm_formula(cell):
+    """The cell with a quotation mark before it if a spreadsheet would compute it as a formula."""
+    return f"'{cell}" if str(cell).startswith(FORMULA_STARTS) else cell
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV in UTF-8, with commas or, as some countries' spreadsheets save it,
-    semicolons."""
+    """The lines of a CSV in UTF-8, each as {column: cell}.
+
+    Cells are separated by commas, or by semicolons, as some countries' spreadsheets do. Raises
+    DescError if the file cannot be read."""
     text = read_text(path)
-    head = text.partition("\n")[0]
+    head, _, _ = text.partition("\n")
+    delimiter = ";" if head.count(";") > head.count(",") else ","
     try:
-        return list(csv.DictReader(io.StringIO(text), delimiter=max(",;", key=head.count)))
+        return list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
     except csv.Error as error:
         raise DescError(f"{path}: cannot be read as CSV ({error})") from None
 
 
 def refuse_labelled(path: Path) -> None:
-    """Raises DescError where the file holds what people wrote: a new one must not take its
-    place."""
-    rows = read_table(path) if path.exists() else []
-    if any(
-        cell
-        for row in rows
-        for column, cell in row.items()
-        if column and (column == "label" or column.endswith(" human"))
-    ):
-        raise DescError(f"{path} holds people's labels: move it away first")
+    """Raises DescError if the file holds what people wrote, because a new one would replace it."""
+    lines = read_table(path) if path.exists() else []
+    for line in lines:
+        for column, cell in line.items():
+            # cells beyond the last column have no name
+            is_for_people = column and (column == "label" or column.endswith(" human"))
+            if is_for_people and cell:
+                raise DescError(f"{path} holds people's labels: move it away first")
 
 
-def key_of(path: Path) -> Path:
+def format_context(dialogue: Dialogue, turn: int) -> str:
+    """The last utterances before supporter turn `turn`, each on a line of its own."""
+    return flatten(dialogue.history(turn)[-CONTEXT_LENGTH:]).removesuffix("\n")
+
+
+# --- reviews --------------------------------------------------------------------------------------
+
+
+def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int, seed: int) -> None:
+    """`count` random judged answers as a CSV for people to label, in the column "label".
+
+    What the annotator says of them would sway people. So it goes into a second file, the key."""
+    judged = [(dialogue, answer) for dialogue, answer in answers if answer.judged]
+    drawn = random.Random(seed).sample(judged, min(count, len(judged)))
+    review: list[Sequence] = [REVIEW_COLUMNS]
+    key: list[Sequence] = [KEY_COLUMNS]
+    for number, (dialogue, answer) in enumerate(drawn, 1):
+        context = format_context(dialogue, answer.turn)
+        review.append((number, context, answer.strategy, answer.reply, ""))
+        annotation = (answer.judged.error, answer.judged.confidence, answer.judged.explanation)
+        key.append((number, dialogue.id, answer.turn, *annotation))
+    write_table(path, review)
+    write_table(key_path(path), key)
+
+
+def key_path(path: Path) -> Path:
+    """The file with the annotator's judgements on the answers of a review."""
     return path.with_suffix(".key.csv")
 
 
 def read_review(path: str | Path) -> tuple[list[str], list[str], list[str]]:
-    """(people's labels, the annotator's, dialogues) of the rows of a review that have a label.
+    """(people's labels, the annotator's, dialogues): one of each per labelled answer of a review.
 
-    Raises DescError naming the row where a label is none of LABELS, or which the key lacks."""
-    keys, people, annotator, dialogues = (
-        {key.get("number"): key for key in read_table(key_of(Path(path)))},
-        [],
-        [],
-        [],
-    )
-    for row in read_table(Path(path)):
-        number, label = row.get("number"), (row.get("label") or "").strip().casefold()
+    Raises DescError if a label is none of LABELS or the key lacks an answer, naming its number, or
+    if nothing is labelled."""
+    path = Path(path)
+    key = {line.get("number"): line for line in read_table(key_path(path))}
+    people, annotator, dialogues = [], [], []
+    for line in read_table(path):
+        number = line.get("number")
+        label = (line.get("label") or "").strip().casefold()
         if not label:
             continue
-        if label not in LABELS or number not in keys:
-            wrong = (
-                f"is labelled {label!r}; labels are {', '.join(LABELS)}"
-                if number in keys
-                else f"is not in {key_of(Path(path))}"
+        if number not in key:
+            raise DescError(f"{path}: number {number} is not in {key_path(path)}")
+        if label not in LABELS:
+            raise DescError(
+                f"{path}: number {number} is labelled {label!r}; labels are {', '.join(LABELS)}"
             )
-            raise DescError(f"{path}: number {number} {wrong}")
-        (
-            people.append(label),
-            annotator.append(keys[number].get("annotator")),
-            dialogues.append(keys[number].get("dialogue")),
-        )
+        people.append(label)
+        annotator.append(key[number].get("annotator"))
+        dialogues.append(key[number].get("dialogue"))
     if not people:
         raise DescError(f"{path}: no row has a label yet")
     return people, annotator, dialogues
 
 
-def measure(
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def measure_agreement(
     config, dialogues: list[Dialogue], strategies: Strategies, annotator: Annotator | None
 ) -> str:
-    """`compare` for the file config.agreement: a review as people labelled it, or labelled turns,
-    of which the annotator judges those that are held out. Raises DescError where it would need an
-    annotator."""
+    """`agreement_report` on the file config.agreement (`config` is mine_preferences.py's).
+
+    A CSV is a review, which holds the annotator's labels already. Any other file holds labelled
+    turns, of which the annotator labels those that are held out (config.held_out); published ones
+    are looked up in `dialogues`. Raises DescError if an annotator is needed and missing, or if
+    nothing is held out."""
     if config.agreement.endswith(".csv"):
-        return compare(*read_review(config.agreement), config.seed)
+        return agreement_report(*read_review(config.agreement), config.seed)
     if annotator is None:
         raise DescError(
             "--agreement with labelled turns needs an annotator: give --annotator local or endpoint"
         )
-    held = hold_out(
-        read_labels(config.agreement, dialogues, strategies, config.label_map), config.held_out
-    )[1]
+    labelled = read_labels(config.agreement, dialogues, strategies, config.label_map)
+    _, held = hold_out(labelled, config.held_out)
     if not held:
         raise DescError(
             f"--held-out {config.held_out} holds no dialogue of {config.agreement} out; give a"
             " larger share"
         )
-    found = []
-    for name, group in groupby(
-        tqdm(held, desc="annotate", dynamic_ncols=True), key=lambda one: one.dialogue
-    ):
-        group = list(group)
-        found += [
-            (one.label, judged.error, name)
-            for one, judged in zip(group, annotator([one.case for one in group]))
-        ]
-    return compare(*zip(*found), config.seed)
+    judgements = annotate_labelled(annotator, held)
+    return agreement_report(
+        [turn.label for turn in held],
+        [judgement.error for judgement in judgements],
+        [turn.dialogue for turn in held],
+        config.seed,
+    )
 
 
-def compare(
-    theirs: Sequence[str], ours: Sequence[str], dialogues: Sequence[str], seed: int = 0
+def agreement_report(
+    people: Sequence[str], annotator: Sequence[str], dialogues: Sequence[str], seed: int = 0
 ) -> str:
-    """How far an annotator (`ours`) agrees with labels (`theirs`), as text: κ with its 95 %
-    interval (bootstrap over dialogues), a row a type, and the confusion matrix. A judgement that
-    could not be read agrees with nothing."""
-    names = [*LABELS, *sorted(set(ours) - set(LABELS))]
+    """How far an annotator agrees with people, as text, from the labels of each and the turns'
+    dialogues.
+
+    It shows κ with its 95 % interval (bootstrap over dialogues), a table with one line per label,
+    and the confusion matrix. An unreadable judgement agrees with nothing."""
+    names = [*LABELS, *sorted(set(annotator) - set(LABELS))]
     counts = {dialogue: np.zeros((len(names), len(names))) for dialogue in dialogues}
-    for label, found, dialogue in zip(theirs, ours, dialogues, strict=True):
-        counts[dialogue][names.index(found), names.index(label)] += 1
-    groups, whole = list(counts.values()), sum(counts.values())
+    for label, annotated, dialogue in zip(people, annotator, dialogues, strict=True):
+        counts[dialogue][names.index(annotated), names.index(label)] += 1
+    groups = list(counts.values())
+    total = sum(groups)  # (K, K): rows are the annotator's labels, columns people's
+
     low, high = interval(kappa_of_confusion(resample(groups, seed=seed)))
-    most = whole.sum(0).max() / whole.sum()
-    head = (
-        f"{len(theirs)} turns of {len(groups)} dialogues: κ {kappa_of_confusion(whole):.3f}"
-        f" ({low:.3f}–{high:.3f}), the same label "
+    same = 100 * total.trace() / total.sum()
+    commonest = total.sum(0).max() / total.sum()
+    summary = (
+        f"{len(people)} turns of {len(groups)} dialogues:"
+        f" κ {kappa_of_confusion(total):.3f} ({low:.3f}–{high:.3f}),"
+        f" the same label for {same:.1f} %;"
+        f" always the commonest would be right for {100 * commonest:.1f} % (κ 0)"
     )
-    head += (
-        f"for {100 * whole.trace() / whole.sum():.1f} %; always the commonest would be right for"
-        f" {100 * most:.1f} % (κ 0)"
-    )
-    lines = [["type", "labelled", "annotated", "precision", "recall", "κ"]]
+    by_label = [["type", "labelled", "annotated", "precision", "recall", "κ"]]
+    matrix = [["annotated \\ labelled", *names]]
     for i, name in enumerate(names):
-        hits, found, labelled = whole[i, i], whole[i].sum(), whole[:, i].sum()
-        pair = np.array(
-            [[hits, found - hits], [labelled - hits, whole.sum() - found - labelled + hits]]
-        )
-        shares = [f"{100 * hits / n:.0f} %" if n else "" for n in (found, labelled)]
-        lines.append(
-            [name, f"{labelled:.0f}", f"{found:.0f}", *shares, f"{kappa_of_confusion(pair):.3f}"]
-        )
-    matrix = [
-        ["annotated \\ labelled", *names],
-        *([name, *(f"{n:.0f}" for n in row)] for name, row in zip(names, whole)),
+        by_label.append([name, *score_label(total, i)])
+        matrix.append([name, *(f"{count:.0f}" for count in total[i])])
+    return "\n\n".join([summary, markdown(by_label), markdown(matrix)])
+
+
+def score_label(total: np.ndarray, i: int) -> list[str]:
+    """How often people and the annotator gave label i, precision, recall, and κ of this label
+    against all others, from a confusion matrix (K, K)."""
+    hits = total[i, i]
+    annotated = total[i].sum()
+    labelled = total[:, i].sum()
+    neither = total.sum() - annotated - labelled + hits
+    against_others = np.array([[hits, annotated - hits], [labelled - hits, neither]])
+    return [
+        f"{labelled:.0f}",
+        f"{annotated:.0f}",
+        format_share(hits, annotated),
+        format_share(hits, labelled),
+        f"{kappa_of_confusion(against_others):.3f}",
     ]
-    return "\n\n".join([head, markdown(lines), markdown(matrix)])
+
+
+def format_share(part: float, whole: float) -> str:
+    """The share in percent; "" if there is no whole."""
+    return f"{100 * part / whole:.0f} %" if whole else ""
+
+
+# --- ratings --------------------------------------------------------------------------------------
 
 
 def write_ratings(path: Path, dialogues: list[Dialogue], answers: dict[str, list[dict]]) -> None:
-    """The rated replies of some systems as a CSV, with the judge's ratings and an empty column
-    beside each for people's: before it is given to them, hide the judge's."""
-    rows = [
-        (
-            "system",
-            "dialogue",
-            "turn",
-            "context",
-            "reply",
-            *(f"{rubric} {who}" for rubric in RUBRICS for who in ("judge", "human")),
-        )
-    ]
-    for name, records in answers.items():
+    """The rated replies of some systems as a CSV, with an empty column for people's rating beside
+    each of the judge's.
+
+    `answers` are each system's records, one per dialogue. Hide the judge's columns before people
+    rate."""
+    rating_columns = [f"{rubric} {rater}" for rubric in RUBRICS for rater in ("judge", "human")]
+    table: list[Sequence] = [(*REPLY_COLUMNS, *rating_columns)]
+    for system, records in answers.items():
         for dialogue, record in zip(dialogues, records, strict=True):
-            for turn, (reply, rating) in enumerate(
-                zip(record["replies"], record.get("ratings", []))
-            ):
-                cells = [cell for rubric in RUBRICS for cell in (rating[rubric], "")]
-                rows.append((name, dialogue.id, turn, context_of(dialogue, turn), reply, *cells))
-    write_table(path, rows)
+            rated = zip(record["replies"], record.get("ratings", []))
+            for turn, (reply, ratings) in enumerate(rated):
+                context = format_context(dialogue, turn)
+                cells = [cell for rubric in RUBRICS for cell in (ratings[rubric], "")]
+                table.append((system, dialogue.id, turn, context, reply, *cells))
+    write_table(path, table)
 
 
-def correlate(path: str | Path, seed: int = 0) -> str:
-    """How far a judge's ratings follow people's in the rows of a CSV that have both, columns "X
-    judge" and "X human" for any X, as a table: Spearman's ρ and Kendall's τ_b with 95 % intervals
-    (bootstrap over dialogues). Raises DescError where no row has both."""
-    rows, lines = read_table(Path(path)), [["rubric", "replies", "Spearman", "Kendall"]]
-    for rubric in [
-        column.removesuffix(" judge")
-        for column in (rows[0] if rows else ())
-        if column and column.endswith(" judge")
-    ]:
-        both: dict[str, list[tuple[float, float]]] = {}
-        for number, row in enumerate(rows, 1):
-            cells = [row[f"{rubric} judge"], row.get(f"{rubric} human")]
-            if not all(cells):
-                continue
-            if not all(re.fullmatch(r"\s*\d+([.,]\d+)?\s*", cell) for cell in cells):
-                raise DescError(
-                    f"{path}: row {number}: {rubric} should be two numbers, not {cells[0]!r} and"
-                    f" {cells[1]!r}"
-                )
-            both.setdefault(row.get("dialogue") or str(number), []).append(
-                tuple(float(cell.replace(",", ".")) for cell in cells)
-            )
-        groups, cells = list(both.values()), []
-        if not groups:
+def correlate_ratings(path: str | Path, seed: int = 0) -> str:
+    """How far a judge's ratings follow people's, as a table with one line per rubric.
+
+    The CSV has the columns "X judge" and "X human" for any rubric X; lines that have both ratings
+    count. The table shows Spearman's ρ and Kendall's τ_b with 95 % intervals (bootstrap over
+    dialogues). Raises DescError if a rating is no number, or if no line has both."""
+    lines = read_table(Path(path))
+    table = [["rubric", "replies", "Spearman", "Kendall"]]
+    for column in lines[0] if lines else ():
+        if not column or not column.endswith(" judge"):
             continue
-        draws = np.random.default_rng(seed).integers(len(groups), size=(300, len(groups)))
-        for measure in (spearman, kendall):
-            found = [measure(*zip(*(pair for i in drawn for pair in groups[i]))) for drawn in draws]
-            low, high = (
-                np.nanpercentile(found, [2.5, 97.5])
-                if not np.isnan(found).all()
-                else (np.nan, np.nan)
-            )
-            cells.append(
-                f"{measure(*zip(*(pair for group in groups for pair in group))):.3f}"
-                f" ({low:.3f}–{high:.3f})"
-            )
-        lines.append([rubric, str(sum(map(len, groups))), *cells])
-    if len(lines) == 1:
+        rubric = column.removesuffix(" judge")
+        groups = pair_ratings(path, lines, rubric)
+        if groups:
+            replies = sum(len(group) for group in groups)
+            rho = format_correlation(spearman, groups, seed)
+            tau = format_correlation(kendall, groups, seed)
+            table.append([rubric, str(replies), rho, tau])
+    if len(table) == 1:
         raise DescError(
             f"{path}: no row has both a judge's and a human rating, in columns like 'empathy judge'"
             " and 'empathy human'"
         )
-    return markdown(lines)
+    return markdown(table)
+
+
+def pair_ratings(path: str | Path, lines: list[dict[str, str]], rubric: str) -> list[Group]:
+    """The pairs (judge's rating, human rating) of each dialogue that has any.
+
+    A line that names no dialogue counts as a dialogue of its own. Raises DescError if a rating is
+    no number."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for number, line in enumerate(lines, 1):
+        judge = line[f"{rubric} judge"]
+        human = line.get(f"{rubric} human")
+        if not judge or not human:
+            continue
+        if not NUMBER.fullmatch(judge) or not NUMBER.fullmatch(human):
+            raise DescError(
+                f"{path}: row {number}: {rubric} should be two numbers, not {judge!r} and {human!r}"
+            )
+        dialogue = line.get("dialogue") or str(number)
+        pairs.setdefault(dialogue, []).append((read_number(judge), read_number(human)))
+    return list(pairs.values())
+
+
+def read_number(cell: str) -> float:
+    """A number with a decimal point or, as some countries' spreadsheets write it, a comma."""
+    return float(cell.replace(",", "."))
+
+
+def format_correlation(statistic: Statistic, groups: list[Group], seed: int) -> str:
+    """A correlation with its 95 % interval, "0.943 (0.812–1.000)"."""
+    low, high = defined_interval(bootstrap_statistic(statistic, groups, seed=seed))
+    return f"{pooled_statistic(statistic, groups):.3f} ({low:.3f}–{high:.3f})"

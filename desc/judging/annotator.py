@@ -1,26 +1,30 @@
-"""A model as annotator, which says what is psychologically wrong with a supporter's turn: a local
-one, or one behind an endpoint.
+"""A model as annotator: it names what is psychologically wrong with a supporter's turn.
 
-It is guided by definitions and worked examples (data/annotator.txt), as the paper's expert-guided
-annotator is; the words are our own."""
+The model is local, or behind an endpoint. Definitions and worked examples guide it
+(data/annotator.txt), like the paper's expert-guided annotator. Their words are our own."""
 
 import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import torch
+
 from desc import cli
 from desc.encoding import encode
-from desc.esconv import Turn
-from desc.judging.endpoint import AsItIs, Endpoint
+from desc.esconv import Turn, flatten
+from desc.judging.endpoint import Endpoint, json_schema_format
 from desc.lora import adapter_only
 from desc.mining import LABELS, UNREADABLE, Annotator, Case, Judgement
 from desc.prompts import Messages
 from desc.sampling import score
 
+# What the annotator is called: its adapter, the adapter's folder, and {task} of --endpoint-model.
+MODULE = "annotate"
 BY_LABEL = "Answer with the name of the error alone, or with none."
 BY_JSON = (
     'Answer with one JSON object and nothing else: {"error": the name of the error or "none",'
@@ -37,115 +41,148 @@ SCHEMA = {
     "required": list(FIELDS),
     "additionalProperties": False,
 }
-# Chat templates' own marks ("<|im_end|>", "</s>", "[INST]"): in JSON they may as well be written as
-# escapes.
+# The first character of chat templates' own marks, such as "<|im_end|>", "</s>" and "[INST]".
 MARK = re.compile(r"<(?=[|｜/A-Za-z])|\[(?=/?[A-Z_]+\])")
 
 
 @cache
-def guide(name: str) -> str:
+def read_guide(name: str) -> str:
+    """The text of a file in desc/data."""
     return (files("desc") / "data" / name).read_text(encoding="utf-8")
 
 
 def quote(text: str) -> str:
-    """As a JSON string: an utterance is data, so it cannot end its line, or a message, or begin
-    another."""
-    return MARK.sub(
-        lambda mark: f"\\u{ord(mark.group()):04x}", json.dumps(text, ensure_ascii=False)
-    )
+    """`text` as a JSON string in one line.
+
+    An utterance is data: it can neither end its line, nor end a message, nor begin one. So chat
+    templates' marks are escaped, too."""
+    return MARK.sub(escape_mark, json.dumps(text, ensure_ascii=False))
 
 
-def judging_messages(case: Case, answer: str = BY_LABEL) -> Messages:
-    """What the annotator reads: one line an utterance, then the strategy and the reply to be
-    judged."""
+def escape_mark(mark: re.Match) -> str:
+    """JSON's escape for the one character that MARK matches."""
+    return f"\\u{ord(mark.group()):04x}"
+
+
+def build_quoted_messages(
+    system: str, history: Sequence[Turn], lines: Sequence[tuple[str, str]]
+) -> Messages:
+    """A system message, and a user message with one line 'name: "text"' per utterance.
+
+    The utterances of `history` come first, then `lines`, pairs of a name and a text."""
+    quoted = flatten(history, quote) + "".join(f"{name}: {quote(text)}\n" for name, text in lines)
+    return [{"role": "system", "content": system}, {"role": "user", "content": quoted}]
+
+
+def build_annotator_messages(case: Case, answer_form: str = BY_LABEL) -> Messages:
+    """What the annotator reads: the conversation, then the strategy and the reply to annotate.
+
+    `answer_form` is the sentence that says how to answer: BY_LABEL or BY_JSON."""
     lines = [("strategy", case.strategy), ("reply", case.reply)]
-    return flat_messages(guide("annotator.txt") + answer, case.history, lines)
+    return build_quoted_messages(read_guide("annotator.txt") + answer_form, case.history, lines)
 
 
-def flat_messages(system: str, history: Sequence[Turn], lines: list[tuple[str, str]]) -> Messages:
-    said = [(turn.speaker, turn.text) for turn in history] + lines
-    flat = "".join(f"{name}: {quote(text)}\n" for name, text in said)
-    return [{"role": "system", "content": system}, {"role": "user", "content": flat}]
-
-
-def choose(
-    model, tokenizer, asked: list[Messages], options: Sequence[str], config, *adapters: str
+def score_options(
+    model,
+    tokenizer,
+    conversations: Sequence[Messages],
+    options: Sequence[str],
+    config: cli.DataConfig,
+    *adapters: str,
 ) -> list[dict[str, float]]:
-    """The share of probability of each option as the answer to each of `asked`, all in one tree;
-    the model with `adapters` alone.
+    """{option: its share of probability} as the answer to each conversation; shares sum to 1.
 
-    `config` (a desc.cli.DataConfig) says how long a prompt and how large a tree may be."""
+    The model is used with `adapters` alone. All conversations are read as one tree, of which
+    `config` limits the size (max_tokens); it limits a prompt's length, too (max_length). Raises
+    DescError if a conversation is too long."""
     items = [
         encode(tokenizer, f"case {i}", "", messages, list(options), config.max_length)
-        for i, messages in enumerate(asked)
+        for i, messages in enumerate(conversations)
     ]
     with adapter_only(model, *adapters):
-        shares = score(model, items, config.max_tokens).exp().tolist()
-    return [dict(zip(options, row)) for row in shares]
+        logps = score(model, items, config.max_tokens)
+    return [dict(zip(options, shares)) for shares in logps.exp().tolist()]
 
 
-def make_annotator(config, model, tokenizer, endpoint: Endpoint | None) -> Annotator | None:
-    """As --annotator says (config: a desc.cli.AskConfig); the local one with the adapter
-    OUT/annotate/sft, if there is one."""
-    if config.annotator == "endpoint":
-        return endpoint_annotator(endpoint)
-    if config.annotator == "none":
-        return None
-    otherwise = "the base model judges; train_sft.py --task annotate makes a better annotator"
-    cli.use_adapter(model, Path(config.out) / "annotate" / "sft", "annotate", otherwise)
-    return local_annotator(model, tokenizer, config)
+@dataclass(frozen=True)
+class LocalAnnotator:
+    """Names the likeliest label of each case, with its share of probability as the confidence.
 
+    So the label is always one of LABELS. If the model has an adapter called MODULE, it is used."""
 
-def local_annotator(model, tokenizer, config) -> Annotator:
-    """Scores the labels by their log-probability: always a valid label, with its probability. Its
-    adapter is called "annotate"."""
+    model: torch.nn.Module
+    tokenizer: object
+    config: cli.DataConfig
 
-    def annotate(cases: list[Case]) -> list[Judgement]:
-        shares = choose(
-            model, tokenizer, [judging_messages(case) for case in cases], LABELS, config, "annotate"
+    def __call__(self, cases: list[Case]) -> list[Judgement]:
+        conversations = [build_annotator_messages(case) for case in cases]
+        scored = score_options(
+            self.model, self.tokenizer, conversations, LABELS, self.config, MODULE
         )
-        return [
-            Judgement(label, share)
-            for label, share in (max(row.items(), key=lambda one: one[1]) for row in shares)
-        ]
-
-    return annotate
-
-
-def in_schema(schema: dict) -> dict:
-    """The protocol's response_format, for servers that can hold a model to a schema."""
-    return AsItIs(
-        type="json_schema", json_schema={"name": "answer", "schema": schema, "strict": True}
-    )
+        judgements = []
+        for shares in scored:
+            label = max(shares, key=shares.get)
+            judgements.append(Judgement(label, shares[label]))
+        return judgements
 
 
-def endpoint_annotator(endpoint: Endpoint) -> Annotator:
-    """Asks for a judgement in JSON."""
+@dataclass(frozen=True)
+class EndpointAnnotator:
+    """Asks a model behind an endpoint for a judgement in JSON on each case."""
 
-    def annotate(cases: list[Case]) -> list[Judgement]:
-        asked = [judging_messages(case, BY_JSON) for case in cases]
-        texts = endpoint.ask_all(
-            asked, "annotate", 0, temperature=0.0, max_tokens=200, response_format=in_schema(SCHEMA)
+    endpoint: Endpoint
+
+    def __call__(self, cases: list[Case]) -> list[Judgement]:
+        conversations = [build_annotator_messages(case, BY_JSON) for case in cases]
+        texts = self.endpoint.ask_all(
+            conversations,
+            MODULE,
+            seed=0,
+            temperature=0.0,
+            max_tokens=200,
+            response_format=json_schema_format(SCHEMA),
         )
         return [read_judgement(text) for text in texts]
 
-    return annotate
+
+def make_annotator(
+    config: cli.AskConfig, model, tokenizer, endpoint: Endpoint | None
+) -> Annotator | None:
+    """The annotator that --annotator names; None for "none".
+
+    The local one gets the adapter OUT/annotate/sft attached, if there is one."""
+    if config.annotator == "endpoint":
+        return EndpointAnnotator(endpoint)
+    if config.annotator == "local":
+        otherwise = "the base model judges; train_sft.py --task annotate makes a better annotator"
+        cli.use_adapter(model, Path(config.out) / MODULE / "sft", MODULE, otherwise)
+        return LocalAnnotator(model, tokenizer, config)
+    return None
 
 
 def read_judgement(text: str) -> Judgement:
-    """The judgement in what a model wrote: the first JSON object, whatever stands around it, or a
-    bare label."""
-    begin = text.find("{")
+    """The judgement in what a model wrote: the first JSON object in it, or a bare label.
+
+    If there is neither, its error is UNREADABLE, and its explanation is the whole text."""
+    unreadable = Judgement(UNREADABLE, 0.0, text)
     try:
-        answer = (
-            json.JSONDecoder().raw_decode(text, begin)[0]
-            if begin >= 0
-            else {"error": text.strip(" .\"'\n")}
-        )
+        answer = read_answer(text)
         error = str(answer["error"]).strip().casefold()
-        confidence = min(max(float(answer.get("confidence", 1.0)), 0.0), 1.0)
-    except (ValueError, KeyError, TypeError):
-        return Judgement(UNREADABLE, 0.0, text)
+        confidence = float(answer.get("confidence", 1.0))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return unreadable
     if error not in LABELS or math.isnan(confidence):
-        return Judgement(UNREADABLE, 0.0, text)
+        return unreadable
+    confidence = min(max(confidence, 0.0), 1.0)
     return Judgement(error, confidence, str(answer.get("explanation", "")))
+
+
+def read_answer(text: str) -> dict:
+    """The first JSON object in a text, whatever stands around it; without one, the text as a label.
+
+    Raises ValueError if what begins like an object is not one."""
+    begin = text.find("{")
+    if begin < 0:
+        return {"error": text.strip(" .\"'\n")}
+    answer, _ = json.JSONDecoder().raw_decode(text, begin)
+    return answer

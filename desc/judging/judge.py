@@ -1,111 +1,168 @@
-"""A model as judge, which says how good a reply is: a local one, or one behind an endpoint.
+"""A model as judge: it rates replies, and says which of two is better.
 
-Four rubrics (data/judge.json); the words are our own."""
+The model is local, or behind an endpoint. It judges by four rubrics (data/judge.json), whose words
+are our own."""
 
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
+
+from desc import cli
 from desc.esconv import Dialogue
-from desc.judging.annotator import choose, flat_messages, guide, in_schema
-from desc.judging.endpoint import Endpoint
+from desc.judging.annotator import build_quoted_messages, read_guide, score_options
+from desc.judging.endpoint import Endpoint, json_schema_format
 from desc.prompts import Messages
 
-# each option's share, {} if unreadable; the text
-Judge = Callable[[list[Messages], Sequence[str]], list[tuple[dict[str, float], str]]]
 RUBRICS = ("fluency", "professionalism", "empathy", "helpfulness")
-DIGITS, SIDES = ("0", "1", "2", "3", "4", "5"), ("A", "B", "tie")
+DIGITS = ("0", "1", "2", "3", "4", "5")
+SIDES = ("A", "B", "tie")
+# The option alone, or with little around it ("**4**", "Score: 4/5", "tie."). In a longer text a
+# digit or an "A" may mean anything.
+ANSWER = re.compile(r"\W*(?:(?:answer|score|rating)\W+)?(\w+)(?:/5)?\W*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """A judge's answer to one conversation."""
+
+    shares: dict[str, float]  # {option: its share of probability}; {} if the answer is unreadable
+    text: str  # the answer in words
+
+    def preferred(self) -> str | None:
+        """The option with the largest share; None if the answer is unreadable."""
+        return max(self.shares, key=self.shares.get) if self.shares else None
+
+
+# (conversations, the options to answer with) -> an opinion on each conversation
+Judge = Callable[[list[Messages], Sequence[str]], list[Opinion]]
+
+
+@dataclass(frozen=True)
+class LocalJudge:
+    """Scores the options by their log-probability under the base model, without any adapter."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    config: cli.DataConfig
+
+    def __call__(self, conversations: list[Messages], options: Sequence[str]) -> list[Opinion]:
+        scored = score_options(self.model, self.tokenizer, conversations, options, self.config)
+        return [Opinion(shares, max(shares, key=shares.get)) for shares in scored]
+
+
+@dataclass(frozen=True)
+class EndpointJudge:
+    """Asks a model behind an endpoint to write one of the options."""
+
+    endpoint: Endpoint
+
+    def __call__(self, conversations: list[Messages], options: Sequence[str]) -> list[Opinion]:
+        texts = self.endpoint.ask_all(
+            conversations,
+            "judge",
+            seed=0,
+            temperature=0.0,
+            max_tokens=16,
+            response_format=json_schema_format({"type": "string", "enum": list(options)}),
+        )
+        return [read_opinion(text, options) for text in texts]
 
 
 def make_judge(config, model, tokenizer, endpoint: Endpoint | None) -> Judge | None:
-    """As --judge says. The local one is the base model."""
-
-    def local(asked: list[Messages], options: Sequence[str]):
-        return [
-            (row, max(row, key=row.get)) for row in choose(model, tokenizer, asked, options, config)
-        ]
-
-    def remote(asked: list[Messages], options: Sequence[str]):
-        schema = in_schema({"type": "string", "enum": list(options)})
-        texts = endpoint.ask_all(
-            asked, "judge", 0, temperature=0.0, max_tokens=16, response_format=schema
-        )
-        # The option alone, or little around it ("**4**", "Score: 4/5", "tie."): in a longer text a
-        # digit or an "A" may mean anything.
-        found = [
-            re.fullmatch(r"\W*(?:(?:answer|score|rating)\W+)?(\w+)(?:/5)?\W*", text, re.IGNORECASE)
-            for text in texts
-        ]
-        known = {option.casefold(): option for option in options}
-        read = [known.get(match.group(1).casefold()) if match else None for match in found]
-        return [({option: 1.0} if option else {}, text) for option, text in zip(read, texts)]
-
-    return {"none": None, "local": local, "endpoint": remote}[config.judge]
+    """The judge that --judge names (`config` is evaluate.py's); None for "none"."""
+    if config.judge == "endpoint":
+        return EndpointJudge(endpoint)
+    if config.judge == "local":
+        return LocalJudge(model, tokenizer, config)
+    return None
 
 
-def rubric_messages(
+def read_opinion(text: str, options: Sequence[str]) -> Opinion:
+    """What a model wrote, with all probability on the option that it names, in any case."""
+    match = ANSWER.fullmatch(text)
+    for option in options:
+        if match and match.group(1).casefold() == option.casefold():
+            return Opinion({option: 1.0}, text)
+    return Opinion({}, text)
+
+
+def build_judge_messages(
     rubric: str, dialogue: Dialogue, turn: int, replies: dict[str, str]
 ) -> Messages:
-    """What the judge reads: one reply, to be rated from 0 to 5, or two, A and B, of which the
-    better is to be named."""
-    texts = json.loads(guide("judge.json"))
-    wanted = f"{texts[rubric]['scale']} Answer with one digit from 0 to 5 and nothing else."
-    if len(replies) > 1:
-        wanted = (
+    """What the judge reads: the history, the human supporter's reply, and `replies` by their names.
+
+    One reply is to be rated from 0 to 5. Of two, called A and B, the better is to be named."""
+    texts = json.loads(read_guide("judge.json"))
+    if len(replies) == 1:
+        scale = texts[rubric]["scale"]
+        answer_form = f"{scale} Answer with one digit from 0 to 5 and nothing else."
+    else:
+        answer_form = (
             "Which of A and B is better in this respect? Answer with A, B or tie and nothing else."
         )
+    system = " ".join([texts["guide"], texts[rubric]["asks"], answer_form])
     lines = [("human supporter's reply", dialogue.supporter(turn).text), *replies.items()]
-    return flat_messages(
-        " ".join([texts["guide"], texts[rubric]["asks"], wanted]), dialogue.history(turn), lines
-    )
+    return build_quoted_messages(system, dialogue.history(turn), lines)
 
 
 def rate(
     judge: Judge, dialogue: Dialogue, replies: list[str]
 ) -> tuple[list[dict[str, float | None]], list[dict]]:
-    """Each reply's rating by rubric, 0 … 5 (of a local judge the mean over its digits' shares),
-    None where unreadable; a transcript."""
-    ratings, transcript = [{} for _ in replies], []
+    """(each reply's {rubric: rating}, a transcript); `replies` are one system's, one per turn.
+
+    A rating is from 0 to 5, and None if the answer is unreadable. A local judge's is the mean over
+    the digits' shares. The transcript's records say what the judge was asked and what it
+    answered."""
+    ratings: list[dict[str, float | None]] = [{} for _ in replies]
+    transcript = []
     for rubric in RUBRICS:
-        asked = [
-            rubric_messages(rubric, dialogue, turn, {"reply": reply})
+        conversations = [
+            build_judge_messages(rubric, dialogue, turn, {"reply": reply})
             for turn, reply in enumerate(replies)
         ]
-        for turn, (shares, said) in enumerate(judge(asked, DIGITS)):
-            ratings[turn][rubric] = (
-                sum(int(digit) * share for digit, share in shares.items()) if shares else None
-            )
-            transcript.append(
-                {"turn": turn, "rubric": rubric, "asked": asked[turn][-1]["content"], "said": said}
-            )
+        for turn, opinion in enumerate(judge(conversations, DIGITS)):
+            ratings[turn][rubric] = mean_rating(opinion)
+            question = {"turn": turn, "rubric": rubric}
+            transcript.append(transcribe(question, conversations[turn], opinion))
     return ratings, transcript
 
 
+def mean_rating(opinion: Opinion) -> float | None:
+    """The mean over the digits' shares; None if the answer is unreadable."""
+    if not opinion.shares:
+        return None
+    return sum(int(digit) * share for digit, share in opinion.shares.items())
+
+
 def contest(
-    judge: Judge, dialogue: Dialogue, ours: list[str], theirs: list[str]
+    judge: Judge, dialogue: Dialogue, replies: list[str], first_replies: list[str]
 ) -> tuple[list[dict[str, list]], list[dict]]:
-    """Which of two systems' replies is better, by rubric: [with ours shown first, with theirs shown
-    first] of "ours", "theirs", "tie" or None, for judges favour a place; a transcript."""
-    verdicts, transcript = [{rubric: [] for rubric in RUBRICS} for _ in ours], []
+    """(each turn's {rubric: two verdicts}, a transcript) on a system's replies and the first's.
+
+    A verdict is "ours" if the system's reply is better, "theirs" if the first system's is, "tie",
+    or None if the answer is unreadable. Judges favour a place, so each pair is shown twice: "ours"
+    comes first for the first verdict, and "theirs" for the second."""
+    replies_of = {"ours": replies, "theirs": first_replies}
+    verdicts: list[dict[str, list]] = [{rubric: [] for rubric in RUBRICS} for _ in replies]
+    transcript = []
     for rubric in RUBRICS:
-        for names in (("ours", "theirs"), ("theirs", "ours")):
-            shown = zip(ours, theirs) if names[0] == "ours" else zip(theirs, ours)
-            asked = [
-                rubric_messages(rubric, dialogue, turn, dict(zip(SIDES, pair)))
-                for turn, pair in enumerate(shown)
+        for a, b in (("ours", "theirs"), ("theirs", "ours")):
+            meaning = {"A": a, "B": b, "tie": "tie"}
+            conversations = [
+                build_judge_messages(rubric, dialogue, turn, {"A": reply_a, "B": reply_b})
+                for turn, (reply_a, reply_b) in enumerate(zip(replies_of[a], replies_of[b]))
             ]
-            meaning = dict(zip(SIDES, (*names, "tie")))
-            for turn, (shares, said) in enumerate(judge(asked, SIDES)):
-                verdicts[turn][rubric].append(
-                    meaning[max(shares, key=shares.get)] if shares else None
-                )
-                transcript.append(
-                    {
-                        "turn": turn,
-                        "rubric": rubric,
-                        "A": names[0],
-                        "asked": asked[turn][-1]["content"],
-                        "said": said,
-                    }
-                )
+            for turn, opinion in enumerate(judge(conversations, SIDES)):
+                side = opinion.preferred()
+                verdicts[turn][rubric].append(meaning[side] if side else None)
+                question = {"turn": turn, "rubric": rubric, "A": a}
+                transcript.append(transcribe(question, conversations[turn], opinion))
     return verdicts, transcript
+
+
+def transcribe(question: dict, conversation: Messages, opinion: Opinion) -> dict:
+    """One record of a transcript: which question, what the judge read, and what it answered."""
+    return {**question, "asked": conversation[-1]["content"], "said": opinion.text}

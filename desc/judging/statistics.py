@@ -1,15 +1,21 @@
-"""How far two raters agree: Cohen's κ on labels, rank correlation on ratings."""
+"""How far two raters agree: Cohen's κ of labels, rank correlations of ratings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from desc.metrics import interval
+
+Statistic = Callable[[Sequence[float], Sequence[float]], float]  # of two raters' values
+Group = Sequence[tuple[float, float]]  # one dialogue's ratings, a pair of values per reply
+
 
 def kappa_of_confusion(counts: np.ndarray) -> np.ndarray:
-    """Cohen's κ (1960) of two raters' counts (…, K, K): (agreement − agreement by chance) / (1 −
-    agreement by chance).
+    """Cohen's κ (1960), (…), of two raters' counts (…, K, K).
 
-    0 where chance alone agrees fully: both raters gave every turn the same label."""
+        κ = (agreement − agreement by chance) / (1 − agreement by chance)
+
+    It is 0 if chance alone agrees fully: both raters gave every turn the same label."""
     share = counts / np.maximum(counts.sum((-2, -1), keepdims=True), 1e-12)
     chance = (share.sum(-1) * share.sum(-2)).sum(-1)
     agreed = np.trace(share, axis1=-2, axis2=-1)
@@ -17,22 +23,55 @@ def kappa_of_confusion(counts: np.ndarray) -> np.ndarray:
 
 
 def signs(values: Sequence[float]) -> np.ndarray:
-    """(n, n): whether value i is above (1), below (−1) or equal to (0) value j. The sum of row i is
-    i's rank, twice, about the mean."""
+    """(n, n): 1 if value i is above value j, −1 if it is below, 0 if they are equal.
+
+    The sum of row i is twice the distance of i's rank from the mean rank."""
     return np.sign(np.subtract.outer(values, values))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation ρ, −1 … 1; equal values share the mean of their ranks; nan where one side is
-    constant."""
+    """Spearman's rank correlation ρ (1904), −1 … 1; nan if one side is constant.
+
+    Equal values share the mean of their ranks."""
     return cosine(signs(a).sum(1), signs(b).sum(1))
 
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation τ_b, −1 … 1, which allows for ties; nan where one side is constant."""
+    """Kendall's rank correlation τ_b (1945), −1 … 1, which allows for ties; nan if one side is
+    constant."""
     return cosine(signs(a), signs(b))
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
+    """The cosine of the angle between two arrays of one shape; nan if one of them is all 0."""
     norm = np.sqrt((x * x).sum() * (y * y).sum())
     return float((x * y).sum() / norm) if norm else float("nan")
+
+
+def pooled_statistic(statistic: Statistic, groups: Sequence[Group]) -> float:
+    """The statistic of all pairs of all groups."""
+    pairs = [pair for group in groups for pair in group]
+    return statistic([x for x, _ in pairs], [y for _, y in pairs])
+
+
+def bootstrap_statistic(
+    statistic: Statistic, groups: Sequence[Group], samples: int = 300, seed: int = 0
+) -> np.ndarray:
+    """(samples,): the statistic, each time of as many groups, drawn with replacement.
+
+    This is the bootstrap over dialogues. desc.metrics.resample does not serve here. It adds up
+    one array per drawn group, and no such sum gives a rank correlation, because a rank depends on
+    all other values. So the drawn groups' pairs are pooled, and the statistic is computed anew. The
+    same seed draws the same groups."""
+    drawn = np.random.default_rng(seed).integers(len(groups), size=(samples, len(groups)))
+    return np.array(
+        [pooled_statistic(statistic, [groups[i] for i in indices]) for indices in drawn]
+    )
+
+
+def defined_interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of the values that are not nan; (nan, nan) if all are.
+
+    A correlation is nan if all drawn ratings of one rater are equal."""
+    defined = values[~np.isnan(values)]
+    return interval(defined) if len(defined) else (float("nan"), float("nan"))

@@ -1,5 +1,5 @@
-"""Checkpoints: where a run goes on after a kill. Tensors and facts in one safetensors file, so that
-no pickle is ever loaded."""
+"""Checkpoints, from which a run goes on after a kill: tensors and facts in one safetensors file, so
+that no pickle is ever loaded."""
 
 import hashlib
 import json
@@ -13,13 +13,14 @@ from safetensors.torch import save
 from desc import DescError
 from desc.storage.files import write_bytes
 
-KEPT = 2  # should the newest be damaged, the one before it is used
+KEPT = 2  # checkpoints; if the newest is damaged, the one before it is used
 
 
-def refuse_differing(path: Path, before: dict, settings: dict) -> None:
-    """Raises DescError where what is half done in `path` was begun with other settings, naming
+def refuse_differing(path: Path, begun: dict, settings: dict) -> None:
+    """Raises DescError if what is half done in `path` was begun with other settings, naming
     them."""
-    if differing := [key for key in settings if before.get(key) != settings[key]]:
+    differing = [name for name in settings if begun.get(name) != settings[name]]
+    if differing:
         raise DescError(
             f"{path} was begun with another {', '.join(differing)}: run with the same, or delete it"
             " to start anew"
@@ -35,17 +36,16 @@ def _digest(facts: dict, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_checkpoint(folder: Path, facts: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """FOLDER/STEP.safetensors, whole or not at all; of the older ones the newest stays. `facts` are
-    JSON with step and settings."""
+    """Write FOLDER/STEP.safetensors, whole or not at all. Of the older ones the newest stays.
+    `facts` are JSON, with the step and the settings."""
     path = folder / f"{facts['step']:08d}.safetensors"
-    write_bytes(
-        path,
-        save(tensors, metadata={"desc": json.dumps({**facts, "digest": _digest(facts, tensors)})}),
-    )
+    signed = json.dumps({**facts, "digest": _digest(facts, tensors)})
+    write_bytes(path, save(tensors, metadata={"desc": signed}))
     paths = sorted(folder.glob("*.safetensors"))
     here = paths.index(path)
-    # a later one can only be damaged
-    for other in paths[: max(0, here + 1 - KEPT)] + paths[here + 1 :]:
+    too_old = paths[: max(0, here + 1 - KEPT)]
+    later = paths[here + 1 :]  # they can only be damaged, since the run went on from before them
+    for other in too_old + later:
         other.unlink()
 
 
@@ -59,10 +59,10 @@ def checkpoint_settings(folder: Path) -> dict:
 
 
 def read_checkpoint(folder: Path, settings: dict) -> tuple[dict, dict[str, torch.Tensor]] | None:
-    """(facts, tensors) of the newest checkpoint that is whole; None where there is none at all.
+    """(facts, tensors) of the newest checkpoint that is whole; None if there is none at all.
 
-    Raises DescError where none is whole, and where its settings are not `settings`, naming those
-    that differ."""
+    Raises DescError if none is whole, or if its settings are not `settings`, naming those that
+    differ."""
     paths = sorted(folder.glob("*.safetensors"), reverse=True)
     for path in paths:
         try:

@@ -8,6 +8,7 @@ from desc import DescError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all, and make its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -16,12 +17,12 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # a full disk, or a folder of that name: leave it as it was
+    except OSError:  # such as a full disk, or a folder of that name: all stays as it was
         temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # Windows opens no folder
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name too must outlive a power cut
+        os.fsync(folder)  # the new name must outlive a power cut, too
         os.close(folder)
 
 
@@ -30,14 +31,13 @@ def write_json(path: Path, value) -> None:
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
-    """JSON lines."""
-    write_bytes(
-        path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    )
+    """One JSON line per record."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_bytes(path, "".join(lines).encode())
 
 
 def append_line(path: Path, record: dict) -> None:
-    """One more JSON line, whole on disk before this returns."""
+    """Append one JSON line, which is whole on disk before this returns."""
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
@@ -52,7 +52,7 @@ def drop_torn_line(path: Path) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """UTF-8, with or without a mark; DescError where it is not."""
+    """A text in UTF-8, with or without a mark. Raises DescError if it cannot be read as that."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -62,7 +62,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse(text: str, where: str):
-    """The value of a JSON text; DescError saying `where` it is none."""
+    """The value of a JSON text. Raises DescError if it is none, naming `where` it stands."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, too
@@ -72,7 +72,8 @@ def parse(text: str, where: str):
 
 
 def read_lines(path: str | Path) -> list:
-    """JSON lines, blank ones left out; DescError naming the line that is none."""
+    """The values of JSON lines; blank lines are left out. Raises DescError naming the line that is
+    no JSON."""
     # not splitlines(): JSON may hold U+2028 and U+0085 as they are
     lines = read_text(path).split("\n")
     return [
@@ -83,8 +84,8 @@ def read_lines(path: str | Path) -> list:
 
 
 def read_records(path: str | Path) -> list:
-    """The elements of a JSON list, one JSON object, or JSON lines; DescError where it is none of
-    these."""
+    """The elements of a JSON list, one JSON object, or JSON lines. Raises DescError if the file is
+    none of these."""
     text = read_text(path)
     first = text.strip().partition("\n")[0].rstrip()
     if first.startswith("{") and first.endswith("}"):

@@ -28,16 +28,22 @@ class Journal:
     of a run under way.
 
     The first line of each file holds the settings. After it comes one record for each unit of work,
-    whole on disk once `append` returns. `rank` is this process's number, and `wait_for_all` returns
-    once every rank has called it."""
+    whole on disk once `append` returns. `rank` is this process's number among `world_size`, and
+    `wait_for_all` returns once every rank has called it."""
 
     def __init__(
-        self, folder: Path, name: str, settings: dict, rank: int = 0, wait_for_all=lambda: None
+        self,
+        folder: Path,
+        name: str,
+        settings: dict,
+        rank: int = 0,
+        world_size: int = 1,
+        wait_for_all=lambda: None,
     ):
         """Every rank must call this. Raises DescError if a run under way was begun with other
         settings, naming them."""
         self.whole, self.mine = folder / f"{name}.jsonl", folder / f"{name}.{rank}.jsonl"
-        self.settings = settings
+        self.settings, self.rank, self.world_size = settings, rank, world_size
         if rank == 0:
             for part in self.parts():
                 drop_torn_line(part)
@@ -63,6 +69,11 @@ class Journal:
                 refuse_differing(part, lines[0], self.settings)
                 records += lines[1:]
         return {record["key"]: record for record in records}
+
+    def left_for_me(self, work: dict) -> list[tuple]:
+        """What is not done yet of `work`, units by key; of that this rank's share: (key, unit)."""
+        left = [(key, unit) for key, unit in work.items() if key not in self.done]
+        return left[self.rank :: self.world_size]
 
     def append(self, record: dict) -> None:
         if not self.mine.exists() or not self.mine.stat().st_size:

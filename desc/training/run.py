@@ -1,12 +1,10 @@
 """A training run: its optimizer and rate, its log, its best adapter and its checkpoints."""
 
-import hashlib
 import math
 import shutil
 import signal
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +21,11 @@ from desc.metrics import (
     negative_log_likelihood,
     scores_of_confusion,
 )
-from desc.sampling import branch_logps, strategy_items, temper
+from desc.sampling import branch_logps, seed_of, strategy_items, temper
 from desc.storage.adapters import write_adapter
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
 from desc.storage.files import append_line, drop_torn_line, read_lines, write_lines
+from desc.storage.journal import work_key
 from desc.strategies import Strategies
 from desc.training.batches import all_batches, my_micro_batches
 from desc.training.ranks import (
@@ -116,8 +115,7 @@ def begin(
     best_folder, last_folder = folder, folder / "last"
     if config.keep == "last":
         best_folder, last_folder = folder / "best", folder
-    seen = hashlib.sha256(f"{examples}{reference}".encode()).hexdigest()
-    settings = asdict(config) | {"input": seen}
+    settings = asdict(config) | {"input": work_key(examples, reference)}
     del settings["save_every"]
     run = Run(batches, trained, optimizer, folder, best_folder, last_folder, settings)
     resume(run)
@@ -187,7 +185,7 @@ def resume(run: Run) -> None:
 def seed_dropout(run: Run, config: TrainConfig) -> None:
     """Before each step: dropout depends on seed, step and rank alone, so that a resumed run draws
     what an uninterrupted one draws."""
-    torch.manual_seed(zlib.crc32(f"{config.seed}/{run.step}/{rank()}".encode()))
+    torch.manual_seed(seed_of(config.seed, run.step, rank()))
 
 
 def clip_and_step(run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], batch: str) -> None:
