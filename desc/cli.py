@@ -180,8 +180,8 @@ class TrainConfig(TaskConfig):
     )
     estimate: int = flag(
         0,
-        "print what the run costs on that many ranks (bytes per rank, steps, tokens) without loading"
-        " weights, and stop",
+        "print what the run costs on that many ranks (bytes per rank, steps, tokens), without"
+        " loading weights, and stop",
         at_least=0,
     )
     show_example: bool = flag(
