@@ -38,10 +38,10 @@ from desc.training.run import (
     finish,
     is_due,
     keep_best,
-    planner_scores,
     save_checkpoint_if_due,
     seed_dropout,
 )
+from desc.training.validation import planner_scores
 from desc.tree import Forest
 
 BETA = {"sp": 0.5, "rg": 0.2, "vanilla": 0.2}

@@ -34,10 +34,10 @@ from desc.training.run import (
     finish,
     is_due,
     keep_best,
-    planner_scores,
     save_checkpoint_if_due,
     seed_dropout,
 )
+from desc.training.validation import planner_scores
 
 
 @dataclass

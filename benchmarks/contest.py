@@ -20,7 +20,7 @@ from desc.esconv import Dialogue, load_splits
 from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
 from desc.storage import zoo
 from desc.strategies import read_strategies
-from desc.training.run import compile_layers
+from desc.training.speed import compile_layers
 from desc.tree import pack
 
 SHAPES = {  # random weights, SmolLM2's tokenizer

@@ -19,7 +19,8 @@ The method, in reading order; each file imports only those above it
     metrics       preference bias B, Q, and intervals
 
 The wings; they import the method, never the reverse
-    training/     batches, the run and its optimizer, ranks, sharding, the memory estimate
+    training/     batches, the run and its optimizer, validation, ranks, sharding, the memory
+                  estimate
     judging/      annotator, judge, the endpoint that both may ask, agreement with people
     evaluation/   systems, scores, tables, text overlap, the report page and its figures
     chat/         python -m desc.chat

@@ -75,8 +75,8 @@ class SameMemory:
         return self.tensor.data_ptr()
 
     def __eq__(self, other):
-        one, two = self.tensor, other.tensor
-        return one.data_ptr() == two.data_ptr() and one.shape == two.shape
+        a, b = self.tensor, other.tensor
+        return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 @lru_cache(maxsize=2)  # every layer is given the same mask, or one of two

@@ -4,6 +4,7 @@ Which room of desc/ may import which. This table is the map of the house: README
 desc/__init__.py show the same."""
 
 import ast
+import re
 
 import pytest
 from scripts import ROOT
@@ -60,3 +61,23 @@ def test_the_map_is_whole():
     assert {
         room_of(str(path.relative_to(ROOT / "desc").parts[0]).removesuffix(".py")) for path in FILES
     } == {room for room in MAY_IMPORT if "." not in room}
+
+
+def test_readme_lists_the_method_in_order():
+    """With each file's number of lines, give or take twenty."""
+    rows = re.findall(
+        r"\]\(([\w/]+\.py)\)(?:\*\*)? \|.*\| (\d+) \|", (ROOT / "README.md").read_text()
+    )
+    scripts = ["train_sft.py", "mine_preferences.py", "train_dpo.py", "evaluate.py"]
+    assert [name for name, _ in rows] == [f"desc/{name}.py" for name in METHOD] + scripts
+    for name, lines in rows:
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 20, name
+
+
+def test_every_file_that_the_prose_names_exists():
+    for page in ("README.md", "docs/tour.md", "docs/results.md"):
+        text = (ROOT / page).read_text()
+        for name in re.findall(r"\b((?:desc|tests|benchmarks|runs|docs)/[\w/]+\.\w+)", text):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+        for name, function in re.findall(r"`(desc/[\w/]+\.py): (\w+)`", text):
+            assert re.search(rf"\b(?:def|class) {function}\b", (ROOT / name).read_text()), function

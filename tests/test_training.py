@@ -21,12 +21,11 @@ from desc.training.estimate import estimate, memory
 from desc.training.run import (
     Run,
     clip_and_step,
-    compile_layers,
     learning_rate,
-    recompute_activations,
     save_checkpoint_if_due,
     write_pending,
 )
+from desc.training.speed import compile_layers, recompute_activations
 from desc.tree import SHARING, pack
 
 

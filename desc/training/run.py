@@ -13,21 +13,13 @@ from tqdm import tqdm
 
 from desc import DescError
 from desc.cli import TrainConfig, progress, save_config
-from desc.esconv import Dialogue
 from desc.lora import export_adapters, whole
-from desc.metrics import (
-    bias_of_confusion,
-    expected_confusion,
-    negative_log_likelihood,
-    scores_of_confusion,
-)
-from desc.sampling import branch_logps, seed_of, strategy_items, temper
+from desc.sampling import seed_of
 from desc.storage.adapters import write_adapter
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
 from desc.storage.files import append_line, drop_torn_line, read_lines, write_lines
 from desc.storage.journal import work_key
-from desc.strategies import Strategies
-from desc.training.batches import all_batches, my_micro_batches
+from desc.training.batches import all_batches
 from desc.training.ranks import (
     gather_objects,
     on_any_rank,
@@ -36,7 +28,8 @@ from desc.training.ranks import (
     wait_for_all,
     world_size,
 )
-from desc.training.sharding import copy_whole, is_sharded, read_weights, shard
+from desc.training.sharding import copy_whole, read_weights, shard
+from desc.training.speed import compile_layers, recompute_activations
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the number of the step
 
@@ -130,44 +123,22 @@ def begin(
     return run
 
 
-def compile_layers(model) -> None:
-    """Let TorchInductor fuse the element-wise work of the decoder's layers, on a GPU.
-
-    Rounding between fused operations stays as it is without, so that a policy still equals its
-    reference to the bit. Raises DescError on a CPU, where it gained nothing (docs/results.md)."""
-    if model.device.type == "cpu":
-        raise DescError("--compile is for GPUs: on a CPU it gains nothing; leave it out")
-    for layer in model.get_submodule("model.layers"):
-        # Its forward alone: the hooks by which FSDP gathers weights stay outside.
-        options = {"emulate_precision_casts": True}
-        layer.forward = torch.compile(layer.forward, dynamic=True, options=options)
-
-
-def recompute_activations(model) -> None:
-    """Activation checkpointing: in training mode a layer keeps its input alone, and runs again in
-    the backward pass."""
-    # the second is the name that it had before Transformers 5.24
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    enable = enable or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def resume(run: Run) -> None:
     """Take over the newest checkpoint; without one begin a new metrics.jsonl."""
     metrics = run.folder / "metrics.jsonl"
-    found = read_checkpoint(run.folder / "checkpoints", run.settings)
-    digests = gather_objects(found[0]["digest"] if found else None)
+    checkpoint = read_checkpoint(run.folder / "checkpoints", run.settings)
+    digests = gather_objects(checkpoint[0]["digest"] if checkpoint else None)
     if len(set(digests)) > 1:
         raise DescError(
             f"the ranks see different checkpoints in {run.folder}: --out must be a disk that all of"
             " them share"
         )
-    if found is None:
+    if checkpoint is None:
         if rank() == 0:
             metrics.parent.mkdir(parents=True, exist_ok=True)
             write_lines(metrics, [])
         return
-    facts, tensors = found
+    facts, tensors = checkpoint
     run.step, run.best = facts["step"], facts["best"]
     for name, p in run.trained.items():
         copy_whole(p, tensors[name])
@@ -303,29 +274,3 @@ def finish(run: Run, model, config: TrainConfig) -> None:
         f"best validation score {run.best:.4f}; the adapter that later steps find ({config.keep})"
         f" is in {run.folder}"
     )
-
-
-@torch.no_grad()
-def planner_scores(
-    model, tokenizer, config: TrainConfig, dialogues: list[Dialogue], strategies: Strategies
-) -> dict[str, float]:
-    """A planner's exact scores on dialogues: the negative log-likelihood of the human strategy at
-    T = 1, and accuracy, Q and B of the confusion matrix that sampling at the paper's T 0.7,
-    top_p 0.95 has on average."""
-    items = strategy_items(tokenizer, config.task, dialogues, strategies, config.max_length)
-    scored: dict[str, torch.Tensor] = {}
-    for members, forest in my_micro_batches(model, items, "dialogue", config.max_tokens):
-        scored |= branch_logps(model, members, forest)
-    if is_sharded(model):
-        for part in gather_objects(scored):
-            scored |= part
-    logps = torch.stack([scored[item.id] for item in items])  # (T, K)
-    gold = [turn.strategy for dialogue in dialogues for turn in dialogue.supporter_turns()]
-    counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), gold, strategies)
-    scores = scores_of_confusion(counts)
-    return {
-        "valid/nll": negative_log_likelihood(logps.numpy(), gold, strategies),
-        "valid/accuracy": scores.accuracy,
-        "valid/Q": scores.macro_f1,
-        "valid/B": bias_of_confusion(counts).bias,
-    }
