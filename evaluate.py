@@ -1,4 +1,4 @@
-"""Evaluation: systems answer the same test turns on the human history, with the same seeds, and are
+r"""Evaluation: systems answer the same test turns on the human history, with the same seeds, and are
 compared.
 
     python evaluate.py          what OUT holds, before and after DPO, on the sample's test dialogues

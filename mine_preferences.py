@@ -1,4 +1,4 @@
-"""Inferential Preference Mining: what fine-tuned modules get wrong on their own training dialogues
+r"""Inferential Preference Mining: what fine-tuned modules get wrong on their own training dialogues
 becomes their DPO pairs.
 
     python mine_preferences.py --task sp        with the adapter in OUT/sp/sft, on the sample

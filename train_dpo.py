@@ -1,4 +1,4 @@
-"""Direct preference optimisation of one module, from its own SFT model:
+r"""Direct preference optimisation of one module, from its own SFT model:
 
     − log σ( β [log π(y_w|x) − log π_ref(y_w|x)] − β [log π(y_l|x) − log π_ref(y_l|x)] )
 

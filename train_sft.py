@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of one module: minimise − log π(human answer | context), per completion
+r"""Supervised fine-tuning of one module: minimise − log π(human answer | context), per completion
 token.
 
     python train_sft.py --task sp                  the Strategy Planner, on the sample dialogues

@@ -1,4 +1,4 @@
-"""How the cost of DPO grows with the turns of a dialogue, and what more processes bring.
+r"""How the cost of DPO grows with the turns of a dialogue, and what more processes bring.
 
     python benchmarks/scaling.py --task sp          SmolLM2, sample dialogues
     python benchmarks/scaling.py --task rg --data ESConv.json --split-file split.json \
