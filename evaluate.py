@@ -1,5 +1,5 @@
-r"""Evaluation: systems answer the same test turns on the human history, with the same seeds, and are
-compared.
+r"""Evaluation: systems answer the same test turns on the human history, with the same seeds, and
+are compared.
 
     python evaluate.py          what OUT holds, before and after DPO, on the sample's test dialogues
     python evaluate.py --systems sft=sp:out/sp/sft,rg:out/rg/sft oracle=sp:gold,rg:out/rg/sft \
