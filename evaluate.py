@@ -150,7 +150,7 @@ def main():
     if config.correlate:
         print(agreement.correlate_ratings(config.correlate, config.seed))
         return
-    device = ranks.join()
+    device = ranks.join_ranks()
     systems = find_systems(config)
     cli.choose_dtype(config, device, journal_settings(config.folder, "answers"))
     strategies = read_strategies(config.strategies)

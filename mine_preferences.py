@@ -135,7 +135,7 @@ def write_pairs(config: MineConfig, file: str, answered, strategies: Strategies)
 
 def main():
     config = cli.parse(MineConfig)
-    device = ranks.join()
+    device = ranks.join_ranks()
     check_flags(config)
     uses_endpoint = "endpoint" in (config.annotator, config.sampler)
     endpoint = Endpoint.of(config) if uses_endpoint else None

@@ -31,7 +31,7 @@ from desc.storage.checkpoint import checkpoint_settings
 from desc.strategies import Strategies, read_strategies
 from desc.training.batches import all_batches, make_batches, my_micro_batches, prepare_ahead
 from desc.training.estimate import estimate
-from desc.training.ranks import gather_objects, join, sum_over_ranks, world_size
+from desc.training.ranks import gather_objects, join_ranks, sum_over_ranks, world_size
 from desc.training.run import (
     begin,
     clip_and_step,
@@ -158,7 +158,7 @@ def validate(
 
 def main():
     config = cli.parse(DPOConfig)
-    device, folder = join(), config.folder / "dpo"
+    device, folder = join_ranks(), config.folder / "dpo"
     cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
     config.beta = BETA[config.task] if config.beta is None else config.beta
     source = find_pairs(config)

@@ -27,7 +27,7 @@ from desc.storage.checkpoint import checkpoint_settings
 from desc.strategies import Strategies, read_strategies
 from desc.training.batches import all_batches, my_micro_batches, prepare_ahead
 from desc.training.estimate import estimate
-from desc.training.ranks import join, sum_over_ranks, world_size
+from desc.training.ranks import join_ranks, sum_over_ranks, world_size
 from desc.training.run import (
     begin,
     clip_and_step,
@@ -112,7 +112,7 @@ def validate(
 
 def main():
     config = cli.parse(SFTConfig)
-    device, folder = join(), config.folder / "sft"
+    device, folder = join_ranks(), config.folder / "sft"
     cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)

@@ -81,7 +81,7 @@ def our_model(config, dtype):
     model = make_model(config, dtype, attention.register())
     load_adapter(model, config.adapter, "dpo", trainable=True)
     if config.contender == "compiled":
-        compile_layers(model)
+        compile_layers(model, DEVICE)
     return model
 
 
@@ -108,8 +108,10 @@ def memory() -> int:
     """The most bytes that this process has held."""
     if CUDA:
         return torch.cuda.max_memory_allocated()
-    import resource  # Unix alone has it
-
+    try:
+        import resource
+    except ImportError:  # Windows does not count it
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

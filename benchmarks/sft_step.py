@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from contest import compete, make_tokenizer, read_ours, train_trl
 
-from desc.encoding import Item, Sequence, encode_example, end_of_turn
+from desc.encoding import Item, TokenSequence, encode_example, end_of_turn
 from desc.esconv import Dialogue
 from desc.losses import sft_loss
 from desc.modeling import sequence_logps
@@ -36,7 +36,9 @@ def encode_turns(config, turns: list[Example]) -> list[Item]:
     after = ids[len(ids) - ids[::-1].index(end_of_turn(tokenizer)) :]
     items = [encode_example(tokenizer, turn, config.max_length) for turn in turns]
     return [
-        replace(item, sequences=[Sequence(s.prompt, s.completion + after) for s in item.sequences])
+        replace(
+            item, sequences=[TokenSequence(s.prompt, s.completion + after) for s in item.sequences]
+        )
         for item in items
     ]
 

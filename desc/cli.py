@@ -157,8 +157,8 @@ class TrainConfig(TaskConfig):
         at_least=0,
         at_most=1,
     )
-    weight_decay: float = flag(0.0, "AdamW's, on the adapters")
-    max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it")
+    weight_decay: float = flag(0.0, "AdamW's, on the adapters", at_least=0)
+    max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it", at_least=0)
     eval_every: int = flag(50, "steps between scores on validation dialogues", at_least=0)
     save_every: int = flag(
         50,
@@ -211,7 +211,9 @@ def parse(kind):
         low, high = flagged.metadata.get("range", (-math.inf, math.inf))
         value = getattr(config, flagged.name)
         if isinstance(value, (int, float)) and not low <= value <= high:
-            allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            allowed = f"from {low} to {high}"
+            if high == math.inf:
+                allowed = "a number" if low == -math.inf else f"at least {low}"
             raise DescError(f"--{flagged.name.replace('_', '-')} {value}: should be {allowed}")
     return config
 
@@ -269,8 +271,8 @@ def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
 
 
 def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) -> bool:
-    """Attach the adapter in `folder`, frozen. Returns whether there is one. Prints so, or what
-    happens `otherwise`.
+    """Attach the adapter in `folder`, frozen. Returns whether there is one. Prints which adapter is
+    used, or what happens `otherwise`.
 
     Raises DescError if there is none and `otherwise` is None."""
     if has_adapter(folder):
@@ -296,21 +298,23 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def fail(problem: str) -> None:
-    """One line and an exit status of 1, upon which torchrun ends the other ranks. A mistake that
-    all make is told by the first."""
+    """Print one line and end with status 1, upon which torchrun ends the other ranks. If all ranks
+    fail alike, the first reports it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if ranks.rank():
         time.sleep(2)
         problem = f"rank {ranks.rank()}: {problem}"
     print(f"error: {problem}", file=sys.stderr)
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(1)  # at once: an orderly end would wait for ranks that wait for this one
 
 
 def run(main) -> None:
     """Call main(); a DescError or a full disk ends in one line, an interrupt in none."""
-    for stream in (sys.stdout, sys.stderr):  # Windows' consoles lack some of our signs, such as κ
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams are no files
+            stream.reconfigure(errors="replace")  # Windows' consoles lack some signs, such as κ
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -12,7 +12,7 @@ from desc import DescError
 from desc.prompts import Example, Messages, drop_oldest
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     """One prompt with one completion. The loss counts every token of the completion, its
     end-of-turn token too."""
 
@@ -27,7 +27,7 @@ class Item:
 
     id: str
     dialogue: str
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     turns_cut: int = 0  # exchanges dropped from the start to fit
 
 
@@ -108,7 +108,7 @@ def encode(
                 f"{name}: the latest turn alone has more than {max_length} tokens; raise"
                 " --max-length"
             )
-    return Item(name, dialogue, [Sequence(prompt, tail) for tail in tails], cut)
+    return Item(name, dialogue, [TokenSequence(prompt, tail) for tail in tails], cut)
 
 
 def encode_example(tokenizer, example: Example, max_length: int) -> Item:
@@ -119,7 +119,7 @@ def encode_example(tokenizer, example: Example, max_length: int) -> Item:
     )
 
 
-def mark_loss(tokenizer, sequence: Sequence) -> str:
+def mark_loss(tokenizer, sequence: TokenSequence) -> str:
     """The sequence as text, the part that carries loss between » and «: what --show-example
     prints."""
     return f"{tokenizer.decode(sequence.prompt)}»{tokenizer.decode(sequence.completion)}«"

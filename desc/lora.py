@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from desc import DescError
 from desc.storage.adapters import PREFIX, read_adapter, write_adapter
@@ -64,9 +63,8 @@ class LoRALinear(nn.Linear):
         # sees fp32.
         A = [adapter.A.to(x.dtype) for _, adapter in used]
         B = [adapter.B * (0.0 if name in self.off else adapter.scale) for name, adapter in used]
-        if any(
-            adapter.dropout.p > 0 for _, adapter in used
-        ):  # each adapter drops inputs of its own
+        has_dropout = any(adapter.dropout.p > 0 for _, adapter in used)
+        if has_dropout:  # each adapter drops inputs of its own
             inner = [F.linear(adapter.dropout(x), a) for (_, adapter), a in zip(used, A)]
             inner = torch.cat(inner, dim=-1)  # (…, r₁ + r₂)
         else:
@@ -145,26 +143,23 @@ def merge_adapters(model) -> None:
         model.set_submodule(name, plain)
 
 
-def stack_adapters(layer: LoRALinear, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def stack_adapters(
+    layer: LoRALinear, rank: int, scale: float, gather=lambda tensor: tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """All adapters of a layer as one of that rank and scale: A (rank, in), B (out, rank).
 
     B₁ A₁ + B₂ A₂ = [B₁ B₂ 0] [A₁; A₂; 0], exactly. The zeros fill up a layer on which an adapter
-    is missing."""
-    A = torch.cat([whole(adapter.A) for adapter in layer.adapters.values()])
-    B = [adapter.scale / scale * whole(adapter.B) for adapter in layer.adapters.values()]
+    is missing. `gather` makes a sharded tensor whole."""
+    A = torch.cat([gather(adapter.A) for adapter in layer.adapters.values()])
+    B = [adapter.scale / scale * gather(adapter.B) for adapter in layer.adapters.values()]
     missing = rank - len(A)
     return F.pad(A, (0, 0, 0, missing)), F.pad(torch.cat(B, dim=1), (0, missing))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, gathered. Every process that holds a part must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
-def export_adapters(model) -> tuple[dict, dict[str, torch.Tensor]]:
+def export_adapters(model, gather=lambda tensor: tensor) -> tuple[dict, dict[str, torch.Tensor]]:
     """All adapters stacked into one, on the CPU: (PEFT's settings, its halves by name), as
-    write_adapter takes them. If the model is sharded, every process must call this."""
+    write_adapter takes them. `gather` makes a sharded tensor whole."""
     layers, halves = lora_layers(model), {}
     adapters = [list(layer.adapters.values()) for layer in layers.values()]
     rank = max(sum(len(adapter.A) for adapter in those) for those in adapters)
@@ -172,7 +167,7 @@ def export_adapters(model) -> tuple[dict, dict[str, torch.Tensor]]:
     # A scale that all share is said by alpha; different ones are multiplied into B.
     scale = scales.pop() if len(scales) == 1 else 1.0
     for name, layer in layers.items():
-        A, B = stack_adapters(layer, rank, scale)
+        A, B = stack_adapters(layer, rank, scale, gather)
         halves |= {f"{name}.lora_A": A.cpu(), f"{name}.lora_B": B.cpu()}
     settings = {
         "base_model_name_or_path": model.name_or_path,

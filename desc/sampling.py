@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
-from desc.encoding import Item, Sequence, encode
+from desc.encoding import Item, TokenSequence, encode
 from desc.esconv import Dialogue
 from desc.lora import adapter_only
 from desc.modeling import forward, sequence_logps, tree_mask
@@ -157,7 +157,7 @@ def grow_branches(model, prompts: list[list[int]], config, seed: int) -> Iterato
     grows from its prompt's last node, a token at a time, and sees its ancestors and itself
     alone."""
     stop = model.generation_config.eos_token_id
-    forest = grow([Sequence(prompt, [stop]) for prompt in prompts]).to(model.device)
+    forest = grow([TokenSequence(prompt, [stop]) for prompt in prompts]).to(model.device)
     draw, cache = torch.Generator(model.device).manual_seed(seed), DynamicCache()
     mask = partial(tree_mask, forest)
     logits = forward(model, forest.ids, forest.depth, mask, forest.rows, cache)

@@ -16,7 +16,7 @@ from os.path import commonprefix
 
 import torch
 
-from desc.encoding import Item, Sequence
+from desc.encoding import Item, TokenSequence
 
 SHARING = ("dialogue", "pair", "none")
 PADDING = 512  # nodes, on a GPU; FlexAttention needs multiples of 128
@@ -50,7 +50,7 @@ def shared_prefix(a: list[int], b: list[int]) -> int:
     return len(commonprefix([a, b]))
 
 
-def grow(sequences: list[Sequence]) -> Forest:
+def grow(sequences: list[TokenSequence]) -> Forest:
     """The prefix tree of `sequences`, or a forest if their first tokens differ. Sequence s is owner
     number s.
 
@@ -113,13 +113,13 @@ def plant(items: list[Item], share: str) -> Forest:
 
 
 def pack(
-    items: list[Item], share: str, max_tokens: int, ranks: int = 1
+    items: list[Item], share: str, max_tokens: int, parts: int = 1
 ) -> list[tuple[list[Item], Forest]]:
     """A batch as micro-batches of at most `max_tokens` nodes, or twice the longest sequence if that
     is more: (its items, their forest) of each.
 
     With share "dialogue" the items of a dialogue are planted together, and split only if they must
-    be. Trees are not laid together if that would leave one of the `ranks` without work."""
+    be. Trees are not laid together if there would be fewer micro-batches than `parts`."""
     groups: dict[object, list[Item]] = {}
     for item in items:
         group = item.dialogue if share == "dialogue" else id(item)
@@ -127,7 +127,7 @@ def pack(
     planted = []
     for group in groups.values():
         planted += plant_within(group, share, max_tokens)
-    budget = min(max_tokens, sum(len(forest.ids) for _, forest in planted) // ranks)
+    budget = min(max_tokens, sum(len(forest.ids) for _, forest in planted) // parts)
     micro_batches, room = [], 0
     for group, forest in planted:
         if len(forest.ids) > room:
@@ -161,28 +161,6 @@ def where_least_is_shared(prompts: list[list[int]]) -> int:
         return shared_prefix(prompts[i - 1], prompts[i]), abs(i - len(prompts) / 2)
 
     return min(range(1, len(prompts)), key=cost)
-
-
-def deal(
-    batches: list[tuple[list[Item], Forest]], ranks: int
-) -> list[list[tuple[list[Item], Forest]]]:
-    """Micro-batches -> each rank's hand: about as many nodes, and exactly as many forwards, because
-    ranks that share a model wait for each other.
-
-    A hand that is too small is filled up with forests of one node and no sequence, whose loss and
-    gradient are zero."""
-    per_rank = -(-len(batches) // ranks)
-    hands, nodes = [[] for _ in range(ranks)], [0] * ranks
-    # The largest first, each to the rank that has least to do.
-    for batch in sorted(batches, key=lambda batch: -len(batch[1].ids)):
-        with_room = [r for r in range(ranks) if len(hands[r]) < per_rank]
-        rank = min(with_room, key=nodes.__getitem__)
-        hands[rank].append(batch)
-        nodes[rank] += len(batch[1].ids)
-    empty = torch.tensor([], dtype=torch.int64)
-    zero, one = torch.tensor([0]), torch.tensor([1])
-    blank = Forest(zero, zero, one, empty, empty, empty, 0)
-    return [hand + [([], blank)] * (per_rank - len(hand)) for hand in hands]
 
 
 def pad(forest: Forest, multiple: int) -> Forest:

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Makes .venv beside this folder: desc, what its tests need, and the default model.
-#   runs/install.sh            the versions of runs/constraints.txt, with which all tests were run
+#   runs/install.sh --pinned   the versions of runs/constraints.txt, with which all tests were run
 #   runs/install.sh --latest   the newest versions that setup.py admits
 #   runs/install.sh --oldest   the oldest versions that setup.py admits of what desc itself needs
-# VENV names another folder than .venv, PYTHON another python3. Run again, it does only what is new.
+# Without a flag it means --pinned, and does nothing if any of the three is installed already.
+# VENV names another folder than .venv, PYTHON another python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "error: $*" >&2; exit 1; }
 
 mode=${1:---pinned} python=${PYTHON:-python3} venv=${VENV:-.venv}
 stamp=$venv/installed-$(cat setup.py runs/install.sh runs/constraints.txt | cksum | cut -d' ' -f1)
+# Without a flag whatever was installed for this setup.py will do, be it the latest or the oldest.
 [ $# = 0 ] && [ -e "$stamp" ] && exit 0
 versions=$(mktemp) extras=smollm2,report,dev,oracles
 trap 'rm -f "$versions"' EXIT
@@ -20,7 +22,7 @@ case $mode in
     sed -nE '/install_requires/,/\]/ s/ *"([a-z]+)>=([0-9.]+).*/\1==\2/p' setup.py >"$versions"
     ;;
 --latest) upgrade="--upgrade --upgrade-strategy eager" ;;
-*) fail "$mode is unknown: give --latest, --oldest or nothing" ;;
+*) fail "$mode is unknown: give --pinned, --latest, --oldest or nothing" ;;
 esac
 
 command -v "$python" >/dev/null ||

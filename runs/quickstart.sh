@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything once, on the sample dialogues with SmolLM2-135M: SFT, mining and DPO of the planner and
 # of the generator, then an evaluation. A few dialogues show how it goes; they make no good model.
-set -euo pipefail
+set -Eeuo pipefail # E: the trap below holds in functions, too
 cd "$(dirname "$0")/.."
 runs/install.sh
 out=out/quickstart

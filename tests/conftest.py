@@ -27,16 +27,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--slow",
         action="store_true",
-        help=(
-            "also run the tests that take minutes: on SmolLM2's real weights, and those that"
-            " compile"
-        ),
+        help="also run the tests that take minutes: on SmolLM2's real weights, on three ranks, …",
     )
 
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "slow: takes minutes (SmolLM2's weights, compilation); runs only with --slow"
+        "markers",
+        "slow: takes minutes, as on SmolLM2's weights or three ranks; runs only with --slow",
     )
     # A warning fails the test, unless an oracle causes it. The last rule that fits wins.
     for rule in ("error", "ignore:.*deprecated and will be removed in v6:FutureWarning"):

@@ -31,4 +31,4 @@ def run(script, *flags, cwd=ROOT, fails=False, ranks=1, stdin=None):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

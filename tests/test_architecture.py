@@ -35,15 +35,39 @@ def room_of(module: str) -> str:
 
 def imported(path) -> set[str]:
     """The modules of desc that a file imports, wherever in it."""
-    modules = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "desc":
-            package = node.module.removeprefix("desc").removeprefix(".")
-            for alias in node.names:
-                inner = f"{package}.{alias.name}".removeprefix(".")
-                is_module = (ROOT / "desc" / (inner.replace(".", "/") + ".py")).exists()
-                modules.add(inner if is_module else package)
-    return modules - {""}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports relatively, which this test does not read"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module_of(name) for name in names if name.startswith("desc.")} - {None}
+
+
+def module_of(name: str) -> str | None:
+    """The longest beginning of "desc.lora.add_adapter" that is a module: "lora"; None for the names
+    of desc itself."""
+    parts = name.split(".")[1:]
+    for length in range(len(parts), 0, -1):
+        place = ROOT / "desc" / "/".join(parts[:length])
+        if place.with_suffix(".py").exists() or (place / "__init__.py").exists():
+            return ".".join(parts[:length])
+    return None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import desc.judging.judge",
+        "from desc import judging",
+        "from desc.judging import judge",
+        "def f():\n    from desc.judging.judge import rate",
+    ],
+)
+def test_no_import_is_overlooked(line, tmp_path):
+    (tmp_path / "x.py").write_text(line)
+    assert {room_of(module) for module in imported(tmp_path / "x.py")} == {"judging"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "desc")))
@@ -71,13 +95,17 @@ def test_readme_lists_the_method_in_order():
     scripts = ["train_sft.py", "mine_preferences.py", "train_dpo.py", "evaluate.py"]
     assert [name for name, _ in rows] == [f"desc/{name}.py" for name in METHOD] + scripts
     for name, lines in rows:
-        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 20, name
+        assert (
+            abs(len((ROOT / name).read_text(encoding="utf-8").splitlines()) - int(lines)) <= 20
+        ), name
 
 
 def test_every_file_that_the_prose_names_exists():
     for page in ("README.md", "docs/tour.md", "docs/results.md"):
-        text = (ROOT / page).read_text()
+        text = (ROOT / page).read_text(encoding="utf-8")
         for name in re.findall(r"\b((?:desc|tests|benchmarks|runs|docs)/[\w/]+\.\w+)", text):
             assert (ROOT / name).exists(), f"{page}: {name}"
         for name, function in re.findall(r"`(desc/[\w/]+\.py): (\w+)`", text):
-            assert re.search(rf"\b(?:def|class) {function}\b", (ROOT / name).read_text()), function
+            assert re.search(
+                rf"\b(?:def|class) {function}\b", (ROOT / name).read_text(encoding="utf-8")
+            ), function

@@ -202,7 +202,8 @@ def test_killed_twenty_times_the_run_ends_bit_for_bit(whole, tmp_path):
             time.sleep(0.001)
         time.sleep(draw.random() * 0.1)
         process.kill()
-        if process.wait() == -signal.SIGKILL:
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
             kills += 1
         else:  # it had ended: compare, and begin anew
             same_run(out, whole)

@@ -3,14 +3,13 @@
 What a processor multiplies natively, and both names of the argument that takes a cache."""
 
 import json
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from scripts import lines, run
+from scripts import ROOT, run
 
 from desc import cli
 from desc.modeling import cache_argument, load, native_dtype
@@ -79,38 +78,44 @@ def test_auto_is_replaced_by_what_a_run_was_begun_with(monkeypatch, capsys):
 
 
 def test_a_run_that_moves_to_another_machine_keeps_its_dtype(tmp_path):
-    """Stopped after one step on a machine with AVX2 alone; whatever this one has, it goes on."""
+    """It was begun in the dtype that this machine would not choose, and stopped after one step."""
+    other = "float32" if native_dtype("cpu") == torch.bfloat16 else "bfloat16"
     flags = ("--task", "sp", "--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
-    train = ("train_sft.py", *flags, "--train-dialogues", 3, "--epochs", 2, "--batch-size", 8)
-    stop = (
+    flags += ("--train-dialogues", 3, "--epochs", 2, "--batch-size", 8)
+    checkpoints = tmp_path / "sp" / "sft" / "checkpoints"
+    assert checkpoint_settings(checkpoints) == {}
+    stop_after_one_step = (
         "import os, runpy, signal, sys\n"
         "from desc.training import run\n"
-        "update = run.clip_and_step\n"
+        "clip_and_step = run.clip_and_step\n"
         "def once(*args):\n"
-        "    update(*args)\n"
+        "    clip_and_step(*args)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "run.clip_and_step = once\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    settings = checkpoint_settings(tmp_path / "sp" / "sft" / "checkpoints")
-    assert settings == {}
-    root = os.path.dirname(os.path.dirname(__file__))
-    script, *rest = map(str, train)
-    there = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", stop, os.path.join(root, script), *rest],
-        capture_output=True,
-        text=True,
-        env=there,
-        cwd=root,
+    program = [sys.executable, "-c", stop_after_one_step, str(ROOT / "train_sft.py")]
+    begun = subprocess.run(
+        [*program, *map(str, flags), "--dtype", other], capture_output=True, text=True, cwd=ROOT
     )
-    assert "stopped after step 1" in done.stdout and "float32 on cpu, because" in done.stdout
-    assert checkpoint_settings(tmp_path / "sp" / "sft" / "checkpoints")["dtype"] == "float32"
-    said = run(*train)
-    assert "computes in float32" in said and "from step 1 on" in said
+    assert "stopped after step 1" in begun.stdout
+    assert checkpoint_settings(checkpoints)["dtype"] == other
+    resumed = run("train_sft.py", *flags)
+    assert f"computes in {other} on cpu, as this run was begun" in resumed
+    assert "from step 1 on" in resumed
     config = json.loads((tmp_path / "sp" / "sft" / "config.json").read_text())
-    assert config["dtype"] == "float32" and len(lines(tmp_path / "sp/sft/metrics.jsonl")) > 2
+    assert config["dtype"] == other
+
+
+def test_answers_on_another_machine_are_not_asked_for_again(tmp_path):
+    """A finished mining run is repeated as it was made, and so nothing is answered anew."""
+    other = "float32" if native_dtype("cpu") == torch.bfloat16 else "bfloat16"
+    flags = ("--task", "sp", "--model", "toy", "--out", tmp_path)
+    flags += ("--train-dialogues", 2, "--eval-dialogues", 1)
+    run("mine_preferences.py", *flags, "--dtype", other)
+    again = run("mine_preferences.py", *flags)
+    assert f"computes in {other}" in again and "3 of 3 dialogues are answered already" in again
 
 
 def test_a_journal_knows_what_it_was_begun_with(tmp_path):
@@ -119,6 +124,8 @@ def test_a_journal_knows_what_it_was_begun_with(tmp_path):
     assert journal_settings(tmp_path, "answers") == {"dtype": "float32"}
     (tmp_path / "answers.0.jsonl").write_text('{"dty')  # a kill cut it off
     assert journal_settings(tmp_path, "answers") == {}
+    (tmp_path / "answers.jsonl").write_text('{"dtype": "bfloat16"}\n{"key": "a"}\n')
+    assert journal_settings(tmp_path, "answers") == {"dtype": "bfloat16"}
 
 
 def test_both_names_of_the_cache():

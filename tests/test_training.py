@@ -208,7 +208,7 @@ def test_plan_by_hand(sample):
         encode(tokenizer, str(e.turn), e.dialogue, e.messages, [e.completion], 2048)
         for e in examples
     ]
-    batches = pack(items, "dialogue", 2000, ranks=2)
+    batches = pack(items, "dialogue", 2000, parts=2)
     config = SimpleNamespace(
         estimate=2,
         torch_dtype=torch.float32,
@@ -246,7 +246,7 @@ def test_compiled_layers_keep_the_policy_equal_to_its_reference(sample):
             torch.nn.init.normal_(layer.adapters["sft"].B, std=0.05)
         add_adapter(model, "dpo", rank=4)
         if compiled:
-            compile_layers(model)
+            compile_layers(model, torch.device("cuda"))
         examples = build_examples("sp", sample[10:11])[:5]
         items = [
             encode(tokenizer, str(e.turn), e.dialogue, e.messages, [e.completion, "Others"], 2048)
@@ -268,4 +268,4 @@ def test_compiled_layers_keep_the_policy_equal_to_its_reference(sample):
 
 def test_compiling_on_a_cpu_ends_in_one_line(toy):
     with pytest.raises(DescError, match="--compile is for GPUs"):
-        compile_layers(toy[0])
+        compile_layers(toy[0], torch.device("cpu"))

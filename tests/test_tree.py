@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig
 
 from desc import DescError, attention
-from desc.encoding import Item, Sequence, encode
+from desc.encoding import Item, TokenSequence, encode
 from desc.esconv import load_dialogues
 from desc.lora import add_adapter
 from desc.modeling import load, sequence_logps
@@ -41,10 +41,10 @@ from desc.prompts import build_examples
 from desc.tree import SHARING, dense_mask, grow, join, pack, pad, plant
 
 HAND = [
-    Sequence([1, 2], [3, 4]),
-    Sequence([1, 2], [5]),
-    Sequence([1, 2, 6, 7], [8, 9]),
-    Sequence([9], [1]),
+    TokenSequence([1, 2], [3, 4]),
+    TokenSequence([1, 2], [5]),
+    TokenSequence([1, 2, 6, 7], [8, 9]),
+    TokenSequence([9], [1]),
 ]
 
 
@@ -84,7 +84,11 @@ def random_items(seed, dialogues=3, turns=4, vocabulary=40):
             chosen = tokens(4)
             rejected = draw.choice([tokens(4), chosen, chosen + tokens(3)])
             items.append(
-                Item(f"{d}/{t}", str(d), [Sequence(prompt, chosen), Sequence(prompt, rejected)])
+                Item(
+                    f"{d}/{t}",
+                    str(d),
+                    [TokenSequence(prompt, chosen), TokenSequence(prompt, rejected)],
+                )
             )
             prompt = prompt + chosen + tokens(5)
     items.append(Item("again", items[1].dialogue, items[1].sequences))
@@ -161,7 +165,7 @@ def test_dense_mask():
 def test_join_counts_nodes_and_sequences_on():
     """Behind HAND's seven nodes and four sequences stand the two nodes (5, 6) and the one sequence
     of 5 » 6 7."""
-    forest = join([grow(HAND), grow([Sequence([5], [6, 7])])])
+    forest = join([grow(HAND), grow([TokenSequence([5], [6, 7])])])
     expected = {
         "ids": [5, 6],
         "depth": [0, 1],
@@ -190,7 +194,7 @@ def test_what_merges():
     assert [plant(items, share).owner.tolist() for share in SHARING] == 3 * [[0, 0, 1, 2, 2, 3]]
 
 
-@pytest.mark.parametrize("sequence", [Sequence([], [1, 2]), Sequence([1, 2], [])])
+@pytest.mark.parametrize("sequence", [TokenSequence([], [1, 2]), TokenSequence([1, 2], [])])
 def test_empty_prompt_and_empty_completion_are_refused(sequence):
     with pytest.raises(ValueError, match="at least one token"):
         grow([HAND[0], sequence])
@@ -297,7 +301,11 @@ def test_pack_cuts_within_the_budget_and_changes_no_number(toy, share, max_token
     # … and one whose turns part early, as rg's do with their strategies: 2 + 16 · 10 nodes, 12 in
     # each sequence
     items += [
-        Item(f"w/{i}", "w", [Sequence([5, 6] + 10 * [i], [7]), Sequence([5, 6] + 10 * [i], [8])])
+        Item(
+            f"w/{i}",
+            "w",
+            [TokenSequence([5, 6] + 10 * [i], [7]), TokenSequence([5, 6] + 10 * [i], [8])],
+        )
         for i in range(16)
     ]
     batches = pack(items, share, max_tokens)
@@ -333,7 +341,7 @@ def test_pack_cuts_a_tree_where_least_is_shared():
     fit. Cut between the strategies 2 and 3, only token 0 is read again; at the half, among the
     turns of strategy 2, the whole of 0 2 9 would be."""
     prompts = [[0, 1, 9, 9], [0, 2, 9], [0, 2, 9, 9], [0, 2, 9, 9], [0, 3, 9, 9], [0, 4, 9, 9]]
-    items = [Item(str(i), "0", [Sequence(prompt, [7])]) for i, prompt in enumerate(prompts)]
+    items = [Item(str(i), "0", [TokenSequence(prompt, [7])]) for i, prompt in enumerate(prompts)]
     assert [len(forest.ids) for _, forest in pack(items[::-1], "dialogue", 100)] == [13]
     assert [len(forest.ids) for _, forest in pack(items[::-1], "dialogue", 7)] == [7, 7]
 

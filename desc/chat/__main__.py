@@ -27,7 +27,7 @@ def main():
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     print(OPENING)
     strategies = read_strategies(config.strategies)
-    device = ranks.join()
+    device = ranks.join_ranks()
     cli.choose_dtype(config, device)
     model, tokenizer = load(config.model, config.torch_dtype, device)
     chat = Chat(model, tokenizer, config, strategies, attach(model, config.out))

@@ -29,7 +29,7 @@ from desc.strategies import Strategies
 
 FREQUENCIES = "training frequencies"  # the row of a planner that ignores the context
 TOP = (2, 3)  # the k of the columns top-k
-SIDES = ("ours", "theirs")  # in this order a verdict's two replies are shown first
+VERDICT_ORDER = ("ours", "theirs")  # in this order a verdict's two replies are shown first
 
 Counts = dict[str, np.ndarray]  # what is added up over dialogues, by name
 
@@ -160,8 +160,8 @@ def count_verdicts(verdicts: list[dict[str, list[str | None]]]) -> dict[str, lis
         values[f"{rubric} wins"] = [100 * point for point in readable]
         values["ties"] += to_percent(point == 0.5 for point in readable)
 
-        shown = [(verdict, first) for pair in pairs for verdict, first in zip(pair, SIDES)]
-        decided = [(verdict, first) for verdict, first in shown if verdict in SIDES]
+        shown = [(verdict, first) for pair in pairs for verdict, first in zip(pair, VERDICT_ORDER)]
+        decided = [(verdict, first) for verdict, first in shown if verdict in VERDICT_ORDER]
         values["first shown"] += to_percent(verdict == first for verdict, first in decided)
         values["unreadable"] += to_percent(verdict is None for verdict, _ in shown)
     return values
@@ -195,16 +195,16 @@ def score_replies(counts: Counts) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Bootstrapped:
     """One score over all dialogues, and over resamples of them (the bootstrap)."""
 
     value: np.ndarray  # ()
     resampled: np.ndarray  # (samples,)
 
 
-def estimate_scores(
+def bootstrap_scores(
     counts: list[Counts], score: Callable[[Counts], dict[str, np.ndarray]], seed: int
-) -> dict[str, Estimate]:
+) -> dict[str, Bootstrapped]:
     """The columns that `score` computes from the sum of `counts`, one per dialogue; {} without
     dialogues. The same seed draws the same dialogues for every system."""
     if not counts:
@@ -216,10 +216,10 @@ def estimate_scores(
         resampled_sums[name] = resample(by_dialogue, seed=seed)
     values = score(sums)
     resampled = score(resampled_sums)
-    return {column: Estimate(value, resampled[column]) for column, value in values.items()}
+    return {column: Bootstrapped(value, resampled[column]) for column, value in values.items()}
 
 
-def make_columns(estimates: dict[str, Estimate], first: dict[str, Estimate]) -> dict:
+def make_columns(estimates: dict[str, Bootstrapped], first: dict[str, Bootstrapped]) -> dict:
     """Each score with its "interval" and, if `first` (the first system's) has it too, its
     "difference", which is paired by dialogue."""
     columns = {}
@@ -246,8 +246,8 @@ def summarise(systems: dict[str, list[dict]], strategies: Strategies, config) ->
         answered = [record for record in records if record["replies"]]
         predictions = [count_predictions(record, strategies, config) for record in records]
         replies = [count_replies(record) for record in answered]
-        estimates = estimate_scores(predictions, score_predictions, config.seed)
-        estimates |= estimate_scores(replies, score_replies, config.seed)
+        estimates = bootstrap_scores(predictions, score_predictions, config.seed)
+        estimates |= bootstrap_scores(replies, score_replies, config.seed)
 
         row = {
             "turns": sum(len(record["gold"]) for record in records),

@@ -16,10 +16,12 @@ def work_key(*parts) -> str:
 
 
 def journal_settings(folder: Path, name: str) -> dict:
-    """The settings of the run that is under way in FOLDER/NAME.RANK.jsonl; {} if there is none."""
-    for part in sorted(folder.glob(f"{name}.*.jsonl")):
-        with open(part, encoding="utf-8") as file, suppress(ValueError):
-            return json.loads(file.readline())  # a ValueError if a kill cut this line off
+    """The settings of the run under way in FOLDER/NAME.RANK.jsonl, else those of the finished one
+    in FOLDER/NAME.jsonl; {} if there is neither."""
+    for path in (*sorted(folder.glob(f"{name}.*.jsonl")), folder / f"{name}.jsonl"):
+        # A ValueError if a kill cut this line off.
+        with suppress(FileNotFoundError, ValueError), open(path, encoding="utf-8") as file:
+            return json.loads(file.readline())
     return {}
 
 

@@ -4,10 +4,12 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from desc.encoding import Item
 from desc.training.ranks import rank, world_size
 from desc.training.sharding import is_sharded
-from desc.tree import Forest, deal, pack
+from desc.tree import Forest, pack
 
 
 def make_batches(examples: list, batch_size: int, share: str, seed: int, epoch: int) -> list[list]:
@@ -55,6 +57,28 @@ def my_micro_batches(
     else:
         micro_batches = pack(items, share, max_tokens)
     return [(members, forest.to(model.device)) for members, forest in micro_batches]
+
+
+def deal(
+    batches: list[tuple[list[Item], Forest]], ranks: int
+) -> list[list[tuple[list[Item], Forest]]]:
+    """Micro-batches -> each rank's hand: about as many nodes, and exactly as many forwards, because
+    ranks that share a model wait for each other.
+
+    A hand that is too small is filled up with forests of one node and no sequence, whose loss and
+    gradient are zero."""
+    per_rank = -(-len(batches) // ranks)
+    hands, nodes = [[] for _ in range(ranks)], [0] * ranks
+    # The largest first, each to the rank that has least to do.
+    for batch in sorted(batches, key=lambda batch: -len(batch[1].ids)):
+        with_room = [r for r in range(ranks) if len(hands[r]) < per_rank]
+        rank_with_least = min(with_room, key=nodes.__getitem__)
+        hands[rank_with_least].append(batch)
+        nodes[rank_with_least] += len(batch[1].ids)
+    empty = torch.tensor([], dtype=torch.int64)
+    zero, one = torch.tensor([0]), torch.tensor([1])
+    blank = Forest(zero, zero, one, empty, empty, empty, 0)
+    return [hand + [([], blank)] * (per_rank - len(hand)) for hand in hands]
 
 
 def prepare_ahead(prepare: Callable, batches: list) -> Iterator:

@@ -17,7 +17,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join() -> torch.device:
+def join_ranks() -> torch.device:
     """Join the processes that torchrun started; all but the first are silenced. Returns this
     process's device."""
     device = torch.device("cpu")
@@ -30,7 +30,7 @@ def join() -> torch.device:
         # others.
         dist.init_process_group(backend, timeout=timedelta(days=1))
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from desc import DescError
 from desc.cli import TrainConfig, progress, save_config
-from desc.lora import export_adapters, whole
+from desc.lora import export_adapters
 from desc.sampling import seed_of
 from desc.storage.adapters import write_adapter
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
@@ -28,7 +28,7 @@ from desc.training.ranks import (
     wait_for_all,
     world_size,
 )
-from desc.training.sharding import copy_whole, read_weights, shard
+from desc.training.sharding import copy_whole, read_weights, shard, whole
 from desc.training.speed import compile_layers, recompute_activations
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the number of the step
@@ -51,7 +51,7 @@ class PendingStep:
     rate: float
     numbers: dict[str, torch.Tensor]  # on their way to the CPU
     copied: "torch.cuda.Event | None"  # when they are there
-    batch: str  # which turns or pairs it trained on
+    trained_on: str  # its first and last turn or pair
 
 
 @dataclass
@@ -95,7 +95,7 @@ def begin(
     DescError if they were others. From here on SIGTERM ends the run with a checkpoint, after the
     step at hand."""
     if config.compile:
-        compile_layers(model)
+        compile_layers(model, device)
     if config.recompute:
         recompute_activations(model)
     if world_size() > 1:
@@ -159,7 +159,9 @@ def seed_dropout(run: Run, config: TrainConfig) -> None:
     torch.manual_seed(seed_of(config.seed, run.step, rank()))
 
 
-def clip_and_step(run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], batch: str) -> None:
+def clip_and_step(
+    run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], trained_on: str
+) -> None:
     """Clip the gradients, take a step, forget them. `sums` are this rank's part of what to log.
 
     They are read one step later, so that a GPU never waits for the CPU. A gradient that is not
@@ -173,13 +175,19 @@ def clip_and_step(run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], 
     run.step += 1
     run.bar.update(run.examples_done() - run.bar.n)  # other ranks' share of this step
     write_pending(run)
-    device = norm.device
-    values = [torch.as_tensor(value, dtype=torch.float32, device=device) for value in sums.values()]
-    totals = sum_over_ranks(torch.stack(values))
+    totals = sum_over_ranks(torch.stack([on_device(value, norm.device) for value in sums.values()]))
     totals = torch.cat([totals, whole(norm)[None]]).to("cpu", non_blocking=True)
     copied = torch.cuda.current_stream().record_event() if norm.is_cuda else None
     numbers = dict(zip([*sums, "grad_norm"], totals))
-    run.pending = PendingStep(run.step, rate, numbers, copied, batch)
+    run.pending = PendingStep(run.step, rate, numbers, copied, trained_on)
+
+
+def on_device(value, device: torch.device) -> torch.Tensor:
+    """A number as an fp32 scalar there. torch.full fills it in place; a copy from the CPU would
+    wait for the device."""
+    if torch.is_tensor(value):
+        return value.float()
+    return torch.full((), float(value), device=device)
 
 
 def write_pending(run: Run) -> None:
@@ -192,8 +200,8 @@ def write_pending(run: Run) -> None:
     numbers = {name: float(number) for name, number in pending.numbers.items()}
     if not all(map(math.isfinite, numbers.values())):
         raise DescError(
-            f"step {pending.step}: the loss or the gradient of {pending.batch} is not finite; lower"
-            " --lr, or look at these turns"
+            f"step {pending.step}: the loss or the gradient of {pending.trained_on} is not finite;"
+            " lower --lr, or look at these turns"
         )
     log(run, pending.step, numbers | {"lr": pending.rate})
 
@@ -229,7 +237,7 @@ def keep_best(run: Run, model, config: TrainConfig, scores: dict, score: float) 
 def save_artefact(model, config: TrainConfig, folder: Path) -> None:
     """The model's adapters as one, with the configuration that made it. Every rank must call this;
     the first writes."""
-    settings, halves = export_adapters(model)
+    settings, halves = export_adapters(model, whole)
     if rank() == 0:
         write_adapter(folder, settings, halves)
         save_config(config, folder)
@@ -242,16 +250,18 @@ def save_checkpoint_if_due(run: Run, every: int) -> None:
     if not is_due(run, every) and not stop:
         return
     write_pending(run)
-    tensors = {}
+    saved = {}
     for name, p in run.trained.items():
-        tensors[name] = p.detach()
+        tensors = {name: p.detach()}
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = run.optimizer.state[p][moment]
-    tensors = {name: whole(tensor) for name, tensor in tensors.items()}  # on every rank
+        for key, tensor in tensors.items():  # gathered one at a time, because devices are small
+            tensor = whole(tensor)  # every rank must take part
+            if rank() == 0:
+                saved[key] = tensor.cpu()
     if rank() == 0:
         facts = {"step": run.step, "best": run.best, "settings": run.settings}
-        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        write_checkpoint(run.folder / "checkpoints", facts, tensors)
+        write_checkpoint(run.folder / "checkpoints", facts, saved)
     if stop:
         # When one rank ends, torchrun ends the others, so all wait until the checkpoint is written.
         wait_for_all()

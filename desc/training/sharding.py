@@ -32,6 +32,11 @@ def is_sharded(model) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, gathered. Every rank must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def local_rows(tensor: DTensor) -> slice:
     """Which rows of the whole weight this rank holds."""
     each = -(-tensor.shape[0] // world_size())

@@ -5,12 +5,12 @@ import torch
 from desc import DescError
 
 
-def compile_layers(model) -> None:
+def compile_layers(model, device: torch.device) -> None:
     """Let TorchInductor fuse the element-wise work of the decoder's layers, on a GPU.
 
     Rounding between fused operations stays as it is without, so that a policy still equals its
     reference to the bit. Raises DescError on a CPU, where it gained nothing (docs/results.md)."""
-    if model.device.type == "cpu":
+    if device.type == "cpu":
         raise DescError("--compile is for GPUs: on a CPU it gains nothing; leave it out")
     for layer in model.get_submodule("model.layers"):
         # Its forward alone: the hooks by which FSDP gathers weights stay outside.
