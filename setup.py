@@ -10,9 +10,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["desc", "desc.*"]),
     package_data={"desc": ["data/*", "data/*/*"]},
-    # Lower bounds: the tests were run with these (runs/install.sh --oldest), but for those that
-    # compare with newer oracles. All tests were run with runs/constraints.txt. Upper bounds: the
-    # next major versions.
+    # What desc needs. The lower bounds were run (runs/install.sh --oldest): torch 2.9.1 is the
+    # oldest whose FSDP2 gives the right gradients on a CPU. All tests were run with what stands in
+    # runs/constraints.txt. The upper bounds are the next major versions.
     install_requires=[
         "torch>=2.9.1,<3",
         "transformers>=5.0.0,<6",
@@ -20,17 +20,18 @@ setup(
         "sentencepiece>=0.2.0,<1",
         "tqdm>=4.60.0,<5",
     ],
+    # Their bounds: the versions that were run.
     extras_require={
-        "smollm2": ["gguf>=0.10,<1", "accelerate>=1.1,<2"],
-        "report": ["matplotlib>=3.7,<4"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.17,<0.18"],
+        "smollm2": ["gguf>=0.19,<1", "accelerate>=1.15,<2"],
+        "report": ["matplotlib>=3.11,<4"],
+        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff>=0.17,<0.18"],
         # what tests and benchmarks compare with
         "oracles": [
-            "peft>=0.17",
-            "trl>=0.24",
-            "scikit-learn>=1.4",
-            "nltk>=3.9",
-            "rouge-score>=0.1.2",
+            "peft>=0.21,<1",
+            "trl>=1.16,<2",
+            "scikit-learn>=1.9,<2",
+            "nltk>=3.10,<4",
+            "rouge-score>=0.1.2,<1",
         ],
     },
 )

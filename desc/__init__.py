@@ -1,6 +1,6 @@
 """desc: decoupled preference optimisation for emotional-support conversation, in plain PyTorch.
 
-The ground
+The ground, under the method because that must read files and find models
     storage/      whole files, journal, checkpoints, PEFT's adapter format, the two small models;
                   imports nothing else of desc
 
@@ -10,7 +10,7 @@ The method, in reading order; each file imports only those above it
     prompts       (task, dialogue, turn) -> messages and completion
     encoding      messages -> token ids
     tree          token sequences -> a forest of prefix trees, packed under a token budget
-    attention     the tree's mask, as a GPU and as a CPU like it
+    attention     attention over the tree: FlexAttention on a GPU, blockwise on a CPU
     modeling      a model, and the log-probabilities of a forest's sequences
     lora          adapters: the layer, switching, stacking, merging
     losses        SFT and DPO, pure functions of log-probabilities
@@ -22,10 +22,12 @@ The wings; they import the method, never the reverse
     training/     batches, the run and its optimizer, validation, ranks, sharding, the memory
                   estimate
     judging/      annotator, judge, the endpoint that both may ask, agreement with people
-    evaluation/   systems, scores, tables, text overlap, the report page and its figures
+    evaluation/   systems, scores, tables, text overlap, the report page and its figures;
+                  imports judging, too
     chat/         python -m desc.chat
 
-cli serves the scripts: flags, errors, progress. tests/test_architecture.py holds this map.
+cli serves the scripts: flags, errors, progress. training/ranks imports nothing, and all but the
+method and storage may use it. tests/test_architecture.py holds this map.
 """
 
 __version__ = "0.1.0"

@@ -4,7 +4,7 @@
 set -Eeuo pipefail # E: the trap below holds in functions, too
 cd "$(dirname "$0")/.."
 runs/install.sh
-out=out/quickstart
+out=${OUT:-out/quickstart}
 desc() { echo; echo "── $*"; "${VENV:-.venv}/bin/python" "$@"; }
 trap 'echo "error: quickstart stopped at line $LINENO; the lines above say why." >&2
       echo "It is safe to run it again." >&2' ERR

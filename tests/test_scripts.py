@@ -6,10 +6,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from scripts import command, lines, run
+from scripts import ROOT, command, lines, run
 
 from desc.storage.adapters import adapter_digest
 
@@ -279,3 +280,15 @@ def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
     ):
         assert part in said
     assert (tmp_path / "sp" / "dpo" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_without_a_warning(tmp_path):
+    """README's first command, as it stands, on SmolLM2."""
+    environment = os.environ | {"OUT": str(tmp_path), "VENV": sys.prefix}
+    done = subprocess.run(
+        [ROOT / "runs" / "quickstart.sh"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in (done.stdout + done.stderr).lower()
+    assert (tmp_path / "report.html").exists() and "done in" in done.stdout
