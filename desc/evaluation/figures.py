@@ -146,10 +146,13 @@ def phases_html(results: dict) -> str:
     return f'<p class="legend">{legend}</p><div class="charts">{charts}</div>'
 
 
+def human_strategies(dialogue: dict) -> list[str]:
+    """The strategies of the supporter turns, of a Dialogue as a dictionary."""
+    return [turn["strategy"] for turn in dialogue["turns"] if turn["strategy"]]
+
+
 def human_timing(results: dict) -> Timing:
-    dialogues = []
-    for dialogue in results["dialogues"]:
-        dialogues.append([turn["strategy"] for turn in dialogue["turns"][1::2]])
+    dialogues = [human_strategies(dialogue) for dialogue in results["dialogues"]]
     shares = phase_shares(dialogues, results["strategies"])
     return Timing("human", shares, {"color": INK, "linewidth": 2.4, "alpha": 0.75})
 

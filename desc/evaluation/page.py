@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from desc.evaluation.figures import curves_html, phases_html
+from desc.evaluation.figures import curves_html, human_strategies, phases_html
 from desc.evaluation.tables import (
     JUDGE_COLUMNS,
     PLANNER_COLUMNS,
@@ -233,7 +233,7 @@ def dialogues_json(results: dict) -> str:
             {
                 "id": dialogue["id"],
                 "texts": [turn["text"] for turn in turns],
-                "gold": [index[turn["strategy"]] for turn in turns[1::2]],
+                "gold": [index[name] for name in human_strategies(dialogue)],
                 "systems": [answers_of(record, index) for record in records],
             }
         )
