@@ -332,3 +332,5 @@ def run(main) -> None:
         if ranks.world_size() == 1:
             raise
         fail(traceback.format_exc())
+    finally:
+        ranks.leave_ranks()

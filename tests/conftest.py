@@ -98,9 +98,12 @@ def server(monkeypatch):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
                 server.calls.append((self.headers["Authorization"], body))
-                now = server.script.pop(0) if len(server.script) > 1 else server.script[0]
-            now = now(body) if callable(now) else now
-            message = {"role": "assistant", "content": now if isinstance(now, str) else ""}
+                scripted = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+            scripted = scripted(body) if callable(scripted) else scripted
+            message = {
+                "role": "assistant",
+                "content": scripted if isinstance(scripted, str) else "",
+            }
             answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
             answer |= {
                 "id": "1",
@@ -111,13 +114,13 @@ def server(monkeypatch):
             }
             answer |= {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
             data = (
-                now
-                if isinstance(now, bytes)
+                scripted
+                if isinstance(scripted, bytes)
                 else json.dumps(
-                    {"error": "wrong key hush"} if isinstance(now, int) else answer
+                    {"error": "wrong key hush"} if isinstance(scripted, int) else answer
                 ).encode()
             )
-            self.send_response(now if isinstance(now, int) else 200)
+            self.send_response(scripted if isinstance(scripted, int) else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -94,9 +94,9 @@ def test_readme_lists_the_method_in_order():
     loops = ["desc/training/batches.py", "desc/training/run.py", "train_sft.py"]
     loops += ["mine_preferences.py", "train_dpo.py", "evaluate.py"]
     assert [name for name, _ in entries] == [f"desc/{name}.py" for name in METHOD] + loops
-    for name, said in entries:
+    for name, claimed in entries:
         lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert lines == pytest.approx(int(said), rel=0.1), f"{name} has {lines} lines"
+        assert lines == pytest.approx(int(claimed), rel=0.1), f"{name} has {lines} lines"
 
 
 def test_readme_and_the_package_name_every_room():

@@ -54,20 +54,20 @@ def start(toy, out):
 
 def test_a_piped_conversation(out, tmp_path):
     """Every command and every mistake, one after another; it ends where the input ends."""
-    said = [
+    typed = [
         "/compare", "", "My dog di\udced.", "/compare", "/strategy Informatoin",
         "/strategy information",
         "I don’t want to live any more.", f"/save {tmp_path}", f"/save {tmp_path / 'chat.json'}",
         "/undo", "/undo", "/undo",
         "/frobnicate", "/help", "word " * 30000,
     ]  # fmt: skip
-    told = run(
-        "desc.chat", "--model", "toy", "--out", out, "--max-new-tokens", 12, stdin="\n".join(said)
+    output = run(
+        "desc.chat", "--model", "toy", "--out", out, "--max-new-tokens", 12, stdin="\n".join(typed)
     )
     assert (
-        told.startswith(OPENING)
-        and "Traceback" not in told
-        and told.endswith("Goodbye, and take care.\n")
+        output.startswith(OPENING)
+        and "Traceback" not in output
+        and output.endswith("Goodbye, and take care.\n")
     )
     places = [
         f"finds no adapter in {out}/sp/dpo: train_dpo.py --task sp makes one",
@@ -83,15 +83,15 @@ def test_a_piped_conversation(out, tmp_path):
     ]  # fmt: skip
     at = 0
     for place in places:
-        assert place in told[at:], place
-        at = told.index(place, at) + len(place)
-    assert told.count(CRISIS) == 1
+        assert place in output[at:], place
+        at = output.index(place, at) + len(place)
+    assert output.count(CRISIS) == 1
     (saved,) = load_dialogues(tmp_path / "chat.json")
     assert [turn.text for turn in saved.turns[::2]] == [
         "My dog di�.",
         "I don’t want to live any more.",
     ]
-    replies = re.findall(r"supporter \[(.+?)\]: (.*?)\n(?:before|/save)", told, re.S)
+    replies = re.findall(r"supporter \[(.+?)\]: (.*?)\n(?:before|/save)", output, re.S)
     assert [(turn.strategy, turn.text) for turn in saved.turns[1::2]] == replies and replies[1][
         0
     ] == "Information"
@@ -116,11 +116,11 @@ def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monk
     talk = subprocess.Popen(command("desc.chat", *flags), preexec_fn=heed, **pipes)
 
     def read_until(text):
-        told = ""
-        while not told.endswith(text):
-            told += (more := talk.stdout.read(1))
-            assert more, told + talk.stderr.read()
-        return told
+        output = ""
+        while not output.endswith(text):
+            output += (character := talk.stdout.read(1))
+            assert character, output + talk.stderr.read()
+        return output
 
     talk.stdin.write("hello\n")
     assert "?" in read_until("supporter [")
@@ -225,10 +225,10 @@ def test_what_was_said_before_an_interrupt_stays(start, capsys, monkeypatch, tok
     talk = start()
     monkeypatch.setattr(chat, "grow_branches", interrupted)
     talk.take("Hello")
-    told = capsys.readouterr().out
-    assert "… (stopped)" in told and ("your message is taken back" in told) is not kept
+    output = capsys.readouterr().out
+    assert "… (stopped)" in output and ("your message is taken back" in output) is not kept
     assert [turn.speaker for turn in talk.turns] == ["seeker", "supporter"] * kept
-    assert not kept or told.endswith(f"]: {talk.turns[1].text} … (stopped)\n")
+    assert not kept or output.endswith(f"]: {talk.turns[1].text} … (stopped)\n")
     # nothing stays switched off
     assert not any(layer.off for layer in lora_layers(talk.model).values())
 

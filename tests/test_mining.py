@@ -180,13 +180,13 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
     assert [p.chosen for p in pairs] == ["How are you?", "How are you?", "Oh no."]
     # the human strategy, which chosen follows
     assert "Reflection of feelings" in pairs[2].prompt[0]["content"].rpartition("is: ")[2]
-    found = account("rg", routed, ESCONV)
-    assert found["answers"] == len(pairs) + sum(dropped.values()) == 5
-    assert found["judged"] == {"template response": 3, "none": 1, "lack of empathy": 1}
+    counts = account("rg", routed, ESCONV)
+    assert counts["answers"] == len(pairs) + sum(dropped.values()) == 5
+    assert counts["judged"] == {"template response": 3, "none": 1, "lack of empathy": 1}
     assert (
-        found["chosen strategies"]["Question"] == 2
-        and found["rejected strategies"]["Others"] == 3
-        and found["warnings"] == []
+        counts["chosen strategies"]["Question"] == 2
+        and counts["rejected strategies"]["Others"] == 3
+        and counts["warnings"] == []
     )
     alike = [replace(a, judged=judged("lack of empathy")) for a in answers[:1]] * 20
     many = account("rg", Routed(alike, pairs[2:] * 20, ["Others"] * 20, Counter()), ESCONV)

@@ -62,12 +62,12 @@ def test_load_follows_the_processor(monkeypatch):
 
 def test_auto_is_replaced_by_what_a_run_was_begun_with(monkeypatch, capsys):
     monkeypatch.setattr(cli, "native_dtype", lambda device: torch.float32)
-    told = []
+    printed = []
     for flag, begun in (("auto", {}), ("auto", {"dtype": "bfloat16"}), ("bfloat16", {})):
         config = cli.Config(dtype=flag)
         cli.choose_dtype(config, torch.device("cpu"), begun)
-        told.append((config.torch_dtype, capsys.readouterr().out))
-    assert told == [
+        printed.append((config.torch_dtype, capsys.readouterr().out))
+    assert printed == [
         (
             torch.float32,
             "smollm2 computes in float32 on cpu, because bfloat16 would be emulated here\n",

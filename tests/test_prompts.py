@@ -56,14 +56,14 @@ def test_planner_reads_one_flat_message_without_strategies():
 def test_generator_reads_a_chat_without_tags_and_its_strategy_in_the_system_message():
     messages = build_messages("rg", TINY, 2, "Information")
     assert roles(messages) == ["system", "user", "assistant", "user", "assistant", "user"]
-    said = [
+    texts = [
         "I lost my job.\nIt was on Monday.",
         "Which job was it?",
         "Cook.",
         "You sound worn out.",
         " ",
     ]
-    assert contents(messages)[1:] == said
+    assert contents(messages)[1:] == texts
     assert ", ".join(ESCONV) in messages[0]["content"]
     assert messages[0]["content"].endswith("Your current strategy is: Information")
 
@@ -115,8 +115,8 @@ def test_the_answer_and_what_follows_never_reach_the_messages(task, sample):
     for turn in range(len(dialogue)):
         gold = build_messages(task, dialogue, turn, "Others")
         other = tuple(
-            replace(now, text="SECRET", strategy=now.strategy and "Information")
-            for now in dialogue.turns
+            replace(turn_now, text="SECRET", strategy=turn_now.strategy and "Information")
+            for turn_now in dialogue.turns
         )
         context = 2 * turn + 1
         assert (

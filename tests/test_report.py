@@ -43,12 +43,12 @@ def summarise_one(*records) -> dict:
 
 def test_systems_are_read_from_the_flag():
     flags = ["both=rg:R,sp:P", "alone=sp:gold", "one=vanilla:base"]
-    both, alone, one = find_systems(SimpleNamespace(systems=flags, out="out"))
+    both, alone, entry = find_systems(SimpleNamespace(systems=flags, out="out"))
     assert both == System("both", "sp", "P", "rg", "R")
     assert alone == System("alone", "sp", "gold") and alone.plans_as_human
-    assert one == System("one", "vanilla", "base", "vanilla", "base")
+    assert entry == System("one", "vanilla", "base", "vanilla", "base")
     assert list(both.adapters().items()) == [("sp", "P"), ("rg", "R")]  # sp is always the first
-    assert one.digests() == {"vanilla": "base"} and not one.plans_as_human
+    assert entry.digests() == {"vanilla": "base"} and not entry.plans_as_human
 
 
 @pytest.mark.parametrize(
@@ -183,14 +183,14 @@ def test_ratings_wins_and_errors_by_hand():
         verdicts=[win, tie],
     )
     rows = summarise({"one": [first], "two": [second]}, AB, CONFIG)
-    one, two = rows["one"], rows["two"]
-    assert one["empathy"] == 4 and two["empathy"] == 1
+    entry, two = rows["one"], rows["two"]
+    assert entry["empathy"] == 4 and two["empathy"] == 1
     assert two["empathy difference"] == (-3, -3, -3)
-    assert two["empathy wins"] == 75 and "empathy wins" not in one
+    assert two["empathy wins"] == 75 and "empathy wins" not in entry
     assert two["first shown"] == 75  # 1 of the first 2 verdicts, and 2 of the next 2
     assert two["ties"] == 50
     assert two["faultless"] == 50 and two["errors"] == {"none": 1, "template response": 1}
-    assert one["unreadable"] == pytest.approx(100 / 10)  # of two judgements and eight ratings
+    assert entry["unreadable"] == pytest.approx(100 / 10)  # of two judgements and eight ratings
     json.dumps(rows)
 
 

@@ -90,7 +90,7 @@ def test_artefacts_hold_what_made_them(out, task):
 
 
 def test_evaluation_prints_tables_and_keeps_every_answer(out):
-    said = run(
+    printed = run(
         "evaluate.py",
         "--model",
         "toy",
@@ -106,7 +106,7 @@ def test_evaluation_prints_tables_and_keeps_every_answer(out):
         3,
     )
     assert all(
-        name in said
+        name in printed
         for name in (
             "| training frequencies |",
             "\n| sft |",
@@ -194,9 +194,9 @@ def test_systems_are_compared_on_the_same_turns(out):
         and sum(rows["base"]["errors"].values()) == rows["base"]["replies"]
     )
     _, *records = lines(out / "eval" / "answers.jsonl")
-    for said in (record["systems"] for record in records):
-        assert said["one"] == {
-            key: value for key, value in said["same"].items() if key != "verdicts"
+    for printed in (record["systems"] for record in records):
+        assert printed["one"] == {
+            key: value for key, value in printed["same"].items() if key != "verdicts"
         }
     transcript, replies = (
         [line for record in records for line in record["judgements"]],
@@ -252,15 +252,17 @@ def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
     killed.wait()
     with open(journal, "ab") as file:
         file.write(b'{"split": "train", "dialo')  # a line that the kill cut off
-    said = run("mine_preferences.py", *flags, "--max-new-tokens", 7, "--out", tmp_path, fails=True)
-    assert "was begun with another max_new_tokens" in said
+    printed = run(
+        "mine_preferences.py", *flags, "--max-new-tokens", 7, "--out", tmp_path, fails=True
+    )
+    assert "was begun with another max_new_tokens" in printed
     run("mine_preferences.py", *flags, "--max-new-tokens", 6, "--out", tmp_path)
     mined = lines(tmp_path / "sp" / "pairs.jsonl")
     assert mined == [json.loads(line) for line in whole.splitlines()]
 
 
 def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
-    said = run(
+    printed = run(
         "train_dpo.py",
         "--task",
         "sp",
@@ -278,7 +280,7 @@ def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
         "finds no adapter",
         "train_sft.py --task sp",
     ):
-        assert part in said
+        assert part in printed
     assert (tmp_path / "sp" / "dpo" / "adapter_model.safetensors").exists()
 
 

@@ -60,8 +60,8 @@ def test_a_users_mistake_is_named_in_one_line(script, flags, says, monkeypatch):
     ],
 )
 def test_a_script_ends_with_that_line_alone(flags, says):
-    said = run("train_sft.py", "--task", "sp", *flags, fails=True)
-    assert said.startswith("error: ") and says in said and said.count("\n") == 1
+    printed = run("train_sft.py", "--task", "sp", *flags, fails=True)
+    assert printed.startswith("error: ") and says in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_an_unknown_flag_is_an_error():
 
 
 def test_show_example_marks_the_completion():
-    said = run("train_dpo.py", "--task", "rg", "--model", "toy", "--show-example")
-    chosen, rejected = re.findall("»(.*?)«", said, re.S)
+    printed = run("train_dpo.py", "--task", "rg", "--model", "toy", "--show-example")
+    chosen, rejected = re.findall("»(.*?)«", printed, re.S)
     assert chosen != rejected and all(
         text.endswith("<|end|>") and text.count("<|") == 1 for text in (chosen, rejected)
     )

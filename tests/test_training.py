@@ -223,13 +223,14 @@ def test_plan_by_hand(sample):
         and sizes["adapters"] == 2 * adapter
         and sizes["gradients, optimizer"] == 6 * adapter
     )
-    said = estimate(model, config, [items], passes=2)
+    printed = estimate(model, config, [items], passes=2)
     nodes, alone = (
         len(batches[0][1].ids),
         sum(len(s.prompt) + len(s.completion) - 1 for item in items for s in item.sequences),
     )
     assert (
-        f"{nodes:9,}   ({alone / nodes:.1f} times" in said and f"{2 * nodes:9,}   forwards" in said
+        f"{nodes:9,}   ({alone / nodes:.1f} times" in printed
+        and f"{2 * nodes:9,}   forwards" in printed
     )
 
 

@@ -34,6 +34,13 @@ def join_ranks() -> torch.device:
     return device
 
 
+def leave_ranks() -> None:
+    """End what join_ranks began. Without this the threads of gloo may abort a process that has
+    finished, and torchrun would report it as failed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather_objects(part) -> list:
     """What each rank has, in the order of ranks, on every rank."""
     parts = [part] * world_size()
