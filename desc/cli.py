@@ -319,6 +319,10 @@ def run(main) -> None:
     logging.disable_progress_bar()
     try:
         main()
+    except SystemExit as ended:
+        if ranks.world_size() == 1:
+            raise
+        end_rank(ended.code or 0)
     except DescError as error:
         fail(str(error))
     except BrokenPipeError:  # whoever reads, `| head` say, has seen enough
@@ -332,5 +336,14 @@ def run(main) -> None:
         if ranks.world_size() == 1:
             raise
         fail(traceback.format_exc())
-    finally:
-        ranks.leave_ranks()
+    if ranks.world_size() > 1:
+        end_rank(0)
+
+
+def end_rank(status: int) -> None:
+    """End one of several processes at once: in an orderly end gloo's threads may abort a process
+    that has done its work, and torchrun would report it as failed."""
+    ranks.leave_ranks()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

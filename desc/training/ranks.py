@@ -35,8 +35,7 @@ def join_ranks() -> torch.device:
 
 
 def leave_ranks() -> None:
-    """End what join_ranks began. Without this the threads of gloo may abort a process that has
-    finished, and torchrun would report it as failed."""
+    """End what join_ranks began."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
