@@ -152,7 +152,8 @@ def main():
         return
     device = ranks.join_ranks()
     systems = find_systems(config)
-    cli.choose_dtype(config, device, journal_settings(config.folder, "answers"))
+    wanted = journal_settings_of(config, systems)
+    cli.choose_dtype(config, device, journal_settings(config.folder, "answers", wanted))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     test = first(splits["test"], config.eval_dialogues)

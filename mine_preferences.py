@@ -140,7 +140,9 @@ def main():
     uses_endpoint = "endpoint" in (config.annotator, config.sampler)
     endpoint = Endpoint.of(config) if uses_endpoint else None
     folder = Path(config.out) / "mined" if config.together else config.folder
-    cli.choose_dtype(config, device, journal_settings(folder, "answers"))
+    modules = ("sp", "rg") if config.together else (config.task,)
+    wanted = journal_settings_of(config, modules)
+    cli.choose_dtype(config, device, journal_settings(folder, "answers", wanted))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
 
@@ -152,7 +154,6 @@ def main():
         if ranks.rank() == 0:
             print(agreement.measure_agreement(config, splits["test"], strategies, annotator))
         return
-    modules = ("sp", "rg") if config.together else (config.task,)
     sampler = make_sampler(config, model, tokenizer, endpoint, modules, strategies)
 
     split_of, work = {}, {}  # by key: the split of a dialogue, and the dialogue

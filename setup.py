@@ -11,8 +11,8 @@ setup(
     packages=find_packages(include=["desc", "desc.*"]),
     package_data={"desc": ["data/*", "data/*/*"]},
     # What desc needs. The lower bounds were run (runs/install.sh --oldest): torch 2.9.1 is the
-    # oldest whose FSDP2 gives the right gradients on a CPU. All tests were run with what stands in
-    # runs/constraints.txt. The upper bounds are the next major versions.
+    # oldest with which two CPU ranks train the adapter that one process trains. All tests were run
+    # with what stands in runs/constraints.txt. The upper bounds are the next major versions.
     install_requires=[
         "torch>=2.9.1,<3",
         "transformers>=5.0.0,<6",

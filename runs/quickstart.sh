@@ -10,7 +10,7 @@ trap 'echo "error: quickstart stopped at line $LINENO; the lines above say why."
       echo "It is safe to run it again." >&2' ERR
 begin=$SECONDS
 cat <<'TEXT'
-Seven programs, on two cores together about 3 minutes with AMX, 7 with AVX2 alone:
+Seven programs, on two cores together 1 to 3 minutes with AMX, 2 to 7 with AVX2 alone:
   planner    SFT on 6 dialogues, mining of 3, DPO on the pairs found
   generator  SFT on 2 dialogues, mining of 2, DPO on the pairs found
   both       evaluated on the 3 test dialogues, before and after DPO

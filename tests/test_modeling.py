@@ -119,13 +119,20 @@ def test_answers_on_another_machine_are_not_asked_for_again(tmp_path):
 
 
 def test_a_journal_knows_what_it_was_begun_with(tmp_path):
-    assert journal_settings(tmp_path, "answers") == {}
-    Journal(tmp_path, "answers", {"dtype": "float32"}).append({"key": "a"})
-    assert journal_settings(tmp_path, "answers") == {"dtype": "float32"}
+    wanted = {"model": "toy", "dtype": "auto"}
+    begun = {"model": "toy", "dtype": "float32"}
+    assert journal_settings(tmp_path, "answers", wanted) == {}
+    Journal(tmp_path, "answers", begun).append({"key": "a"})
+    assert journal_settings(tmp_path, "answers", wanted) == begun
     (tmp_path / "answers.0.jsonl").write_text('{"dty')  # a kill cut it off
-    assert journal_settings(tmp_path, "answers") == {}
-    (tmp_path / "answers.jsonl").write_text('{"dtype": "bfloat16"}\n{"key": "a"}\n')
-    assert journal_settings(tmp_path, "answers") == {"dtype": "bfloat16"}
+    assert journal_settings(tmp_path, "answers", wanted) == {}
+
+
+def test_a_finished_journal_counts_only_if_it_would_be_reused(tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{"model": "toy", "dtype": "float32"}\n{"key": "a"}\n')
+    same = journal_settings(tmp_path, "answers", {"model": "toy", "dtype": "auto"})
+    assert same == {"model": "toy", "dtype": "float32"}
+    assert journal_settings(tmp_path, "answers", {"model": "other", "dtype": "auto"}) == {}
 
 
 def test_both_names_of_the_cache():

@@ -15,13 +15,19 @@ def work_key(*parts) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def journal_settings(folder: Path, name: str) -> dict:
+def journal_settings(folder: Path, name: str, wanted: dict) -> dict:
     """The settings of the run under way in FOLDER/NAME.RANK.jsonl, else those of the finished one
-    in FOLDER/NAME.jsonl; {} if there is neither."""
-    for path in (*sorted(folder.glob(f"{name}.*.jsonl")), folder / f"{name}.jsonl"):
-        # A ValueError if a kill cut this line off.
-        with suppress(FileNotFoundError, ValueError), open(path, encoding="utf-8") as file:
-            return json.loads(file.readline())
+    in FOLDER/NAME.jsonl if they are `wanted` but for the dtype; {} if there is neither."""
+    for part in sorted(folder.glob(f"{name}.*.jsonl")):
+        return first_line(part)
+    finished = first_line(folder / f"{name}.jsonl")
+    return finished if finished | {"dtype": None} == wanted | {"dtype": None} else {}
+
+
+def first_line(path: Path) -> dict:
+    """The first JSON line of a file; {} if there is none, or if a kill cut it off."""
+    with suppress(FileNotFoundError, ValueError), open(path, encoding="utf-8") as file:
+        return json.loads(file.readline())
     return {}
 
 
