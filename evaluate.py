@@ -38,6 +38,7 @@ from desc.evaluation.systems import (
     load_systems,
 )
 from desc.evaluation.tables import tables
+from desc.flags import AskConfig, SampleConfig, answer_settings, flag, parse
 from desc.judging import agreement
 from desc.judging.annotator import make_annotator
 from desc.judging.endpoint import Endpoint
@@ -51,30 +52,30 @@ from desc.training import ranks
 
 
 @dataclass
-class EvalConfig(cli.SampleConfig, cli.AskConfig):
+class EvalConfig(SampleConfig, AskConfig):
     systems: list[str] = field(
         default_factory=list,
         metadata={"help": "NAME=MODULE:ADAPTER[,MODULE:ADAPTER] …; none: what OUT holds"},
     )
-    seeds: int = cli.flag(
+    seeds: int = flag(
         1,
         "draws of every strategy, with --seed, --seed + 1, …; their mean scores are reported",
         at_least=1,
     )
-    decode: Literal["scored", "free"] = cli.flag(
+    decode: Literal["scored", "free"] = flag(
         "scored", "how a strategy is found: all names scored in one pass, or written and parsed"
     )
-    reply_dialogues: int = cli.flag(
+    reply_dialogues: int = flag(
         0, "test dialogues that are answered in words, the first; 0 means all, -1 none", at_least=-1
     )
-    judge: Literal["none", "local", "endpoint"] = cli.flag(
+    judge: Literal["none", "local", "endpoint"] = flag(
         "none", "who rates replies and compares them: nobody, --model, --endpoint"
     )
-    show: int = cli.flag(0, "turns to print with the answer of each system", at_least=0)
-    report: str | None = cli.flag(
+    show: int = flag(0, "turns to print with the answer of each system", at_least=0)
+    report: str | None = flag(
         None, "an HTML file to write: figures, and every answer; needs the extra `report`"
     )
-    correlate: str | None = cli.flag(
+    correlate: str | None = flag(
         None, "ratings.csv with people's ratings, to hold against the judge's instead of evaluating"
     )
 
@@ -105,9 +106,7 @@ def find_replied(config: EvalConfig, test: list[Dialogue]) -> list[Dialogue]:
 
 def journal_settings_of(config: EvalConfig, systems: list[System]) -> dict:
     """What the answers depend on; answers that were made with anything else are not reused."""
-    settings = cli.answer_settings(
-        config, "systems", "reply_dialogues", "show", "report", "correlate"
-    )
+    settings = answer_settings(config, "systems", "reply_dialogues", "show", "report", "correlate")
     settings["adapters"] = {system.name: system.digests() for system in systems}
     settings["annotate"] = ""
     if config.annotator == "local":
@@ -146,7 +145,7 @@ def show_turns(count: int, dialogues: list[Dialogue], answers: dict[str, list[di
 
 
 def main():
-    config = cli.parse(EvalConfig)
+    config = parse(EvalConfig)
     if config.correlate:
         print(agreement.correlate_ratings(config.correlate, config.seed))
         return

@@ -14,7 +14,7 @@ history (T 0.7, top_p 0.95, one sample, as the paper does). --routing says what 
     all-to-rg   the ablation: every error is the generator's
 
 Writes OUT/TASK/pairs.jsonl, pairs.valid.jsonl and mining.json. Keeps every answer with its
-judgement in answers.jsonl (in OUT/mined if the modules answer together). Killed and run again, it
+annotation in answers.jsonl (in OUT/mined if the modules answer together). Killed and run again, it
 goes on where it was. Test dialogues are never mined, because that would leak.
 
 --review N writes N judged answers to OUT/review.csv, for people to label. --agreement FILE compares
@@ -27,6 +27,7 @@ from typing import Literal
 from desc import DescError, cli
 from desc.esconv import first, load_splits
 from desc.evaluation.tables import mining_table
+from desc.flags import AskConfig, SampleConfig, TaskConfig, answer_settings, flag, parse
 from desc.judging import agreement
 from desc.judging.annotator import make_annotator
 from desc.judging.endpoint import Endpoint, EndpointSampler
@@ -41,24 +42,24 @@ from desc.training import ranks
 
 
 @dataclass
-class MineConfig(cli.SampleConfig, cli.AskConfig, cli.TaskConfig):
-    train_dialogues: int = cli.flag(
+class MineConfig(SampleConfig, AskConfig, TaskConfig):
+    train_dialogues: int = flag(
         0, "training dialogues to mine, the first of the split; 0 means all", at_least=0
     )
-    routing: Literal[ROUTINGS] = cli.flag("released", "what makes a pair, and for which module")
-    sampler: Literal["local", "endpoint"] = cli.flag(
+    routing: Literal[ROUTINGS] = flag("released", "what makes a pair, and for which module")
+    sampler: Literal["local", "endpoint"] = flag(
         "local", "who answers: --model with the adapters in OUT, or --endpoint"
     )
-    samples: int = cli.flag(1, "answers per turn; equal ones make one pair", at_least=1)
-    min_confidence: float = cli.flag(
-        0.0, "judgements that are less sure make no pair", at_least=0, at_most=1
+    samples: int = flag(1, "answers per turn; equal ones make one pair", at_least=1)
+    min_confidence: float = flag(
+        0.0, "annotations that are less sure make no pair", at_least=0, at_most=1
     )
-    review: int = cli.flag(0, "judged answers to write to OUT/review.csv", at_least=0)
-    agreement: str | None = cli.flag(
+    review: int = flag(0, "judged answers to write to OUT/review.csv", at_least=0)
+    agreement: str | None = flag(
         None, "a file with labels to hold against an annotator, instead of mining"
     )
-    label_map: str | None = cli.flag(None, "for --agreement: JSON from the file's labels to ours")
-    held_out: float = cli.flag(
+    label_map: str | None = flag(None, "for --agreement: JSON from the file's labels to ours")
+    held_out: float = flag(
         0.2,
         "for --agreement: the share of labelled dialogues, the last, that are used, as in"
         " train_sft.py",
@@ -70,6 +71,12 @@ class MineConfig(cli.SampleConfig, cli.AskConfig, cli.TaskConfig):
     def together(self) -> bool:
         """Whether planner and generator answer together, as they will be used."""
         return self.routing != "released" and self.task != "vanilla"
+
+    @property
+    def loads_model(self) -> bool:
+        """Whether anything is computed here, or an endpoint does it all."""
+        mines_here = self.sampler == "local" and not self.agreement
+        return mines_here or self.annotator == "local"
 
     @property
     def review_file(self) -> Path:
@@ -111,7 +118,7 @@ def make_sampler(config: MineConfig, model, tokenizer, endpoint, modules, strate
 
 def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:
     """What the answers depend on; answers that were made with anything else are not reused."""
-    settings = cli.answer_settings(
+    settings = answer_settings(
         config, "train_dialogues", "agreement", "min_confidence", "review", "label_map", "held_out"
     )
     if config.together:  # all-to-rg routes the same answers in another way
@@ -134,7 +141,7 @@ def write_pairs(config: MineConfig, file: str, answered, strategies: Strategies)
 
 
 def main():
-    config = cli.parse(MineConfig)
+    config = parse(MineConfig)
     device = ranks.join_ranks()
     check_flags(config)
     uses_endpoint = "endpoint" in (config.annotator, config.sampler)
@@ -142,12 +149,13 @@ def main():
     folder = Path(config.out) / "mined" if config.together else config.folder
     modules = ("sp", "rg") if config.together else (config.task,)
     wanted = journal_settings_of(config, modules)
-    cli.choose_dtype(config, device, journal_settings(folder, "answers", wanted))
+    if config.loads_model:
+        cli.choose_dtype(config, device, journal_settings(folder, "answers", wanted))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
 
     model, tokenizer = None, None
-    if config.annotator == "local" or (config.sampler == "local" and not config.agreement):
+    if config.loads_model:
         model, tokenizer = load(config.model, config.torch_dtype, device)
     annotator = make_annotator(config, model, tokenizer, endpoint)
     if config.agreement:

@@ -22,6 +22,7 @@ import torch
 from desc import cli
 from desc.encoding import Item, mark_loss
 from desc.esconv import Dialogue, first, load_splits
+from desc.flags import TrainConfig, flag, parse
 from desc.lora import adapter_off, add_adapter
 from desc.losses import dpo_loss
 from desc.mining import Pair, encode_pair, read_pairs
@@ -57,22 +58,20 @@ METRICS = (
 
 
 @dataclass
-class DPOConfig(cli.TrainConfig):
-    lr: float = cli.flag(5e-6, "peak learning rate; a 135M model needs about 5e-5", at_least=0)
-    epochs: int = cli.flag(1, "passes over the pairs", at_least=1)
-    beta: float | None = cli.flag(
+class DPOConfig(TrainConfig):
+    lr: float = flag(5e-6, "peak learning rate; a 135M model needs about 5e-5", at_least=0)
+    epochs: int = flag(1, "passes over the pairs", at_least=1)
+    beta: float | None = flag(
         None,
         "strength of the pull to the reference; smaller moves further. None: sp 0.5, rg and vanilla"
         " 0.2",
     )
-    label_smoothing: float = cli.flag(
+    label_smoothing: float = flag(
         0.0, "share of pairs taken to be labelled the wrong way round", at_least=0, at_most=0.5
     )
-    sft: str | None = cli.flag(None, "folder of the SFT adapter; None: OUT/TASK/sft")
-    eval_pairs: int = cli.flag(0, "validation pairs to score, the first; 0 means all", at_least=0)
-    pairs: str | None = cli.flag(
-        None, "folder with pairs.jsonl and pairs.valid.jsonl; None: OUT/TASK"
-    )
+    sft: str | None = flag(None, "folder of the SFT adapter; None: OUT/TASK/sft")
+    eval_pairs: int = flag(0, "validation pairs to score, the first; 0 means all", at_least=0)
+    pairs: str | None = flag(None, "folder with pairs.jsonl and pairs.valid.jsonl; None: OUT/TASK")
 
 
 def find_pairs(config: DPOConfig) -> Path:
@@ -157,7 +156,7 @@ def validate(
 
 
 def main():
-    config = cli.parse(DPOConfig)
+    config = parse(DPOConfig)
     device, folder = join_ranks(), config.folder / "dpo"
     cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
     config.beta = BETA[config.task] if config.beta is None else config.beta

@@ -18,6 +18,7 @@ import torch
 from desc import DescError, cli
 from desc.encoding import Item, encode_example, mark_loss
 from desc.esconv import Dialogue, first, load_splits
+from desc.flags import TrainConfig, flag, parse
 from desc.judging.labels import balance, hold_out, read_labels
 from desc.lora import add_adapter
 from desc.losses import sft_loss
@@ -41,21 +42,21 @@ from desc.training.validation import planner_scores
 
 
 @dataclass
-class SFTConfig(cli.TrainConfig):
-    lr: float = cli.flag(1e-5, "peak learning rate; a 135M model needs about 5e-4", at_least=0)
-    epochs: int = cli.flag(3, "passes over the training dialogues", at_least=1)
-    train_dialogues: int = cli.flag(
+class SFTConfig(TrainConfig):
+    lr: float = flag(1e-5, "peak learning rate; a 135M model needs about 5e-4", at_least=0)
+    epochs: int = flag(3, "passes over the training dialogues", at_least=1)
+    train_dialogues: int = flag(
         0, "training dialogues to use, the first of the split; 0 means all", at_least=0
     )
     task: Literal[(*TASKS, "annotate")] = field(
         kw_only=True, metadata={"help": "planner, generator, both in one model, or annotator"}
     )
-    labels: str | None = cli.flag(
+    labels: str | None = flag(
         None,
         "for annotate: labelled turns (JSON lines, or the annotations published with DecoupledESC)",
     )
-    label_map: str | None = cli.flag(None, "for annotate: JSON from the file's labels to ours")
-    held_out: float = cli.flag(
+    label_map: str | None = flag(None, "for annotate: JSON from the file's labels to ours")
+    held_out: float = flag(
         0.2,
         "for annotate: the share of labelled dialogues, the last, that are kept for"
         " mine_preferences --agreement",
@@ -111,7 +112,7 @@ def validate(
 
 
 def main():
-    config = cli.parse(SFTConfig)
+    config = parse(SFTConfig)
     device, folder = join_ranks(), config.folder / "sft"
     cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
     strategies = read_strategies(config.strategies)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from desc import attention, cli
 from desc.encoding import Item
 from desc.esconv import Dialogue, load_splits
+from desc.flags import TaskConfig, flag, parse
 from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
 from desc.storage import zoo
 from desc.strategies import read_strategies
@@ -36,25 +37,25 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 @dataclass
-class Config(cli.TaskConfig):
-    dialogues: int = cli.flag(2, "training dialogues whose turns are read, of typical lengths")
-    contenders: str = cli.flag(
+class Config(TaskConfig):
+    dialogues: int = flag(2, "training dialogues whose turns are read, of typical lengths")
+    contenders: str = flag(
         "compiled,dialogue,pair,none,trl" if CUDA else "dialogue,pair,none,trl",
         "which to run; compiled is dialogue with --compile, on a GPU",
     )
-    repeats: int = cli.flag(
+    repeats: int = flag(
         3, "times that ours reads all of it when sharing by dialogue; the median counts"
     )
     tries: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8],
         metadata={"help": "TRL's batch sizes to try, all on the same few examples"},
     )
-    trl_batch_size: int = cli.flag(0, "TRL's batch size; 0 tries some")
-    some: int = cli.flag(0, "examples to use, evenly spaced; 0 takes all")
-    contender: str | None = cli.flag(
+    trl_batch_size: int = flag(0, "TRL's batch size; 0 tries some")
+    some: int = flag(0, "examples to use, evenly spaced; 0 takes all")
+    contender: str | None = flag(
         None, "run this one alone and print JSON (what the others are started with)"
     )
-    adapter: str | None = cli.flag(None, "folder of the adapter that all start from")
+    adapter: str | None = flag(None, "folder of the adapter that all start from")
 
 
 def make_tokenizer(config):
@@ -231,7 +232,7 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
     make(config, dialogues) gives the examples or pairs; ours and trl take (config, those). `passes`
     counts how often the products with the weights are done for a token that is read: forwards, and
     the input's gradient."""
-    config = cli.parse(Config)
+    config = parse(Config)
     cli.choose_dtype(config, DEVICE)
     if config.contender:
         things, peak = (

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from desc import cli
 from desc.encoding import encode_prompt
 from desc.esconv import load_splits
+from desc.flags import DataConfig, flag, parse
 from desc.modeling import load
 from desc.prompts import build_messages
 from desc.sampling import score_strategies
@@ -24,12 +25,12 @@ from desc.strategies import read_strategies
 
 
 @dataclass
-class Config(cli.DataConfig):
-    turns: int = cli.flag(60, "turns to write strategies for")
+class Config(DataConfig):
+    turns: int = flag(60, "turns to write strategies for")
 
 
 def main():
-    config = cli.parse(Config)
+    config = parse(Config)
     cli.choose_dtype(config, DEVICE)
     print(machine(config))
     strategies = read_strategies(config.strategies)

@@ -24,6 +24,7 @@ from dpo_step import encode_pairs, loss_of, make_pairs
 
 from desc import cli
 from desc.esconv import Dialogue
+from desc.flags import TaskConfig, flag, parse
 from desc.lora import add_adapter
 from desc.modeling import load
 from desc.storage.files import write_lines
@@ -35,7 +36,7 @@ SCRIPT = Path(__file__).parents[1] / "train_dpo.py"
 
 
 @dataclass
-class Config(cli.TaskConfig):
+class Config(TaskConfig):
     turns: list[int] = field(
         default_factory=lambda: [5, 10, 20, 40, 60],
         metadata={"help": "supporter turns of the dialogues"},
@@ -43,8 +44,8 @@ class Config(cli.TaskConfig):
     processes: list[int] = field(
         default_factory=lambda: [1, 2], metadata={"help": "numbers of processes"}
     )
-    plot: str | None = cli.flag(None, "a file for the figure")
-    max_length: int = cli.flag(8192, "tokens of prompt and completion")
+    plot: str | None = flag(None, "a file for the figure")
+    max_length: int = flag(8192, "tokens of prompt and completion")
 
 
 def lay_end_to_end(dialogues: list[Dialogue], turns: int) -> Dialogue:
@@ -145,7 +146,7 @@ def draw(config, costs: dict[str, list[tuple[float, int]]], steps: list[float]) 
 
 
 def main():
-    config = cli.parse(Config)
+    config = parse(Config)
     cli.choose_dtype(config, DEVICE)
     print(machine(config))
     costs = lengthen(config)

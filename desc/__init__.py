@@ -26,7 +26,8 @@ The wings; they import the method, never the reverse
                   imports judging, too
     chat/         python -m desc.chat
 
-cli serves the scripts: flags, errors, progress. training/ranks imports nothing, and all but the
+flags and cli serve the scripts: the command line; dtype, progress and errors. flags imports the
+method, and cli both; every wing may use them. training/ranks imports nothing, and all but the
 method and storage may use it. tests/test_architecture.py holds this map.
 """
 

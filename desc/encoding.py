@@ -105,8 +105,7 @@ def encode(
         kept, cut = drop_oldest(kept), cut + 1
         if kept is None:
             raise DescError(
-                f"{name}: the latest turn alone has more than {max_length} tokens; raise"
-                " --max-length"
+                f"{name}: the latest turn alone has more than {max_length} tokens; raise max_length"
             )
     return Item(name, dialogue, [TokenSequence(prompt, tail) for tail in tails], cut)
 
@@ -120,6 +119,5 @@ def encode_example(tokenizer, example: Example, max_length: int) -> Item:
 
 
 def mark_loss(tokenizer, sequence: TokenSequence) -> str:
-    """The sequence as text, the part that carries loss between » and «: what --show-example
-    prints."""
+    """The sequence as text, with the part that carries loss between » and «."""
     return f"{tokenizer.decode(sequence.prompt)}»{tokenizer.decode(sequence.completion)}«"

@@ -206,8 +206,8 @@ def load_splits(
     if data == "esconv":
         if split_file:
             raise DescError(
-                "--split-file counts in ESConv.json's order; --data esconv has splits of its own:"
-                " give --data PATH/ESConv.json"
+                "a split file counts in ESConv.json's order, but the Hub's esconv has splits of its"
+                " own: name the file ESConv.json itself as the data"
             )
         return {name: _hub_split(name, strategies) for name in SPLITS}
     path = files("desc") / "data" / "sample.json" if data == "sample" else Path(data)
@@ -223,7 +223,7 @@ def _hub_split(name: str, strategies: Strategies) -> list[Dialogue]:
         path = hf_hub_download(HUB, name_there, repo_type="dataset")
     except Exception as error:  # the Hub's errors have no common base that says "offline"
         raise DescError(
-            f"--data esconv: {HUB} could not be fetched ({type(error).__name__}); download"
-            " ESConv.json and give --data PATH/ESConv.json"
+            f"esconv: {HUB} could not be fetched ({type(error).__name__}); download ESConv.json and"
+            " name that file as the data"
         ) from None
     return [Dialogue(f"{name}/{d.id}", d.turns) for d in load_dialogues(path, strategies)]

@@ -94,16 +94,20 @@ def scores_of_confusion(counts: np.ndarray) -> StrategyScores:
     return StrategyScores(hits.sum(-1) / total, f1.mean(-1), (f1 * gold).sum(-1) / total)
 
 
-def resample(groups: Sequence[np.ndarray], samples: int = 1000, seed: int = 0) -> np.ndarray:
-    """The bootstrap: (samples, …), each the sum of the arrays (…) of as many groups as there are,
-    drawn with replacement.
+def draw_groups(number: int, samples: int, seed: int) -> np.ndarray:
+    """(samples, number) int: how often each of `number` groups is drawn, if as many are drawn with
+    replacement.
 
     Groups are dialogues, because the turns of one dialogue are not independent. The same seed draws
     the same groups, so two systems' values on the same dialogues are paired."""
-    number = len(groups)
     generator = np.random.default_rng(seed)
-    times_drawn = generator.multinomial(number, np.full(number, 1 / number), size=samples)
-    return np.tensordot(times_drawn.astype(float), np.stack(groups), axes=1)
+    return generator.multinomial(number, np.full(number, 1 / number), size=samples)
+
+
+def resample(groups: Sequence[np.ndarray], samples: int = 1000, seed: int = 0) -> np.ndarray:
+    """The bootstrap: (samples, …), each the sum of the arrays (…) of the groups that are drawn."""
+    times_drawn = draw_groups(len(groups), samples, seed).astype(float)
+    return np.tensordot(times_drawn, np.stack(groups), axes=1)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 names what is wrong with their answers, and each error becomes a pair for the module whose fault it
 is: chosen is the human answer, rejected the module's.
 
-The answers (`answer_dialogue`) and the judgements on them (`annotate`) are kept. Which pairs they
+The answers (`answer_dialogue`) and the annotations of them (`annotate`) are kept. Which pairs they
 make (`route`) is a pure function of both, so another routing of the same answers costs nothing."""
 
 from collections import Counter
@@ -21,7 +21,7 @@ MISMATCH = "strategy mismatch"
 # The errors of replies, which make pairs for the generator.
 OF_REPLIES = ("lack of empathy", "early emotion shift", "template response")
 LABELS = (MISMATCH, *OF_REPLIES, "emotion misread", "none")
-UNREADABLE = "unreadable"  # what an endpoint wrote was no judgement
+UNREADABLE = "unreadable"  # what an endpoint wrote could not be read
 ROUTINGS = ("released", "paper", "all-to-rg")
 # Which errors make a pair for which task.
 FAULTS = {"sp": (MISMATCH,), "rg": OF_REPLIES, "vanilla": (MISMATCH, *OF_REPLIES)}
@@ -37,13 +37,13 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Annotation:
     error: str  # one of LABELS, or UNREADABLE
     confidence: float  # 0 … 1: the label's share of probability, or an endpoint's own word for it
     explanation: str = ""
 
 
-Annotator = Callable[[list[Case]], list[Judgement]]  # takes the cases of one dialogue
+Annotator = Callable[[list[Case]], list[Annotation]]  # takes the cases of one dialogue
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,14 @@ class Answer:
     strategy: str | None
     # "" if only strategies are mined. All that was written if no strategy could be read in it.
     reply: str
-    judged: Judgement | None = None
-    human: Judgement | None = None  # of the human answer, if the routing asks for it
+    judged: Annotation | None = None
+    human: Annotation | None = None  # of the human answer, if the routing asks for it
 
     @staticmethod
     def read(record: dict) -> "Answer":
-        judged, human = (record[name] and Judgement(**record[name]) for name in ("judged", "human"))
+        judged, human = (
+            record[name] and Annotation(**record[name]) for name in ("judged", "human")
+        )
         return Answer(**record | {"judged": judged, "human": human})
 
 
@@ -152,7 +154,7 @@ def answer_dialogue(
 def annotate(
     annotator: Annotator, routing: str, dialogue: Dialogue, answers: list[Answer]
 ) -> list[Answer]:
-    """The answers with the annotator's judgements; as released, with those of the human answers,
+    """The answers with the annotator's annotations; as released, with those of the human answers,
     too. Equal answers to a turn are annotated once."""
     complete = [answer for answer in answers if answer.reply and answer.strategy]
     cases: dict[object, Case] = {}  # by answer, and by turn for the human answer
@@ -177,7 +179,7 @@ def find_error(
 ) -> tuple[str | None, str]:
     """(the error of an answer that makes a pair, ""), or (None, why it makes none).
 
-    A judgement needs `least_confidence`. What makes a pair depends on the routing:
+    An annotation needs `least_confidence`. What makes a pair depends on the routing:
 
     released   sp: the strategy differs from the human's.
                rg, vanilla: the annotator finds fault with the answer, and none with the human's.

@@ -60,7 +60,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise DescError(f"--model {name}: cannot be loaded ({reason})") from None
+        raise DescError(f"model {name}: cannot be loaded ({reason})") from None
     check_architecture(name, config, tokenizer)
     kernel = {"dtype": dtype, "attn_implementation": attention.register()}
     try:
@@ -72,7 +72,7 @@ def load(
             model = model.to(device)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise DescError(f"--model {name}: weights cannot be loaded ({reason})") from None
+        raise DescError(f"model {name}: weights cannot be loaded ({reason})") from None
     # A model's own sampling defaults (top_k, repetition penalty) must not leak into ours.
     stop = end_of_turn(tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
@@ -83,12 +83,12 @@ def load(
 def check_architecture(name: str, config, tokenizer) -> None:
     """Raises DescError if the model has no chat template, or layers that a tree cannot run."""
     if not tokenizer.chat_template:
-        raise DescError(f"--model {name}: has no chat template; use an instruct model")
+        raise DescError(f"model {name}: has no chat template; use an instruct model")
     layer_types = set(getattr(config, "layer_types", None) or ())
     other = layer_types - {"full_attention", "sliding_attention"}
     if other or not hasattr(config, "num_attention_heads"):
         kinds = ", ".join(sorted(other)) or config.model_type
-        raise DescError(f"--model {name}: {kinds} layers cannot run on a prefix tree")
+        raise DescError(f"model {name}: {kinds} layers cannot run on a prefix tree")
 
 
 def _without_values(module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:

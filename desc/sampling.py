@@ -101,7 +101,7 @@ def draw_strategies(
 ) -> list[str]:
     """A strategy from each row of log-probabilities (T, K), of turns of `dialogue`.
 
-    `config` (a desc.cli.SampleConfig) says at what temperature and top_p, and seeds the draw
+    `config` (a desc.flags.SampleConfig) says at what temperature and top_p, and seeds the draw
     together with the dialogue's id."""
     probabilities = temper(logps, config.temperature, config.top_p)
     generator = seeded(config.seed, "plan", dialogue.id)
@@ -207,7 +207,7 @@ class LocalSampler:
 
     model: torch.nn.Module
     tokenizer: object
-    config: object  # desc.cli's SampleConfig and DataConfig in one
+    config: object  # desc.flags' SampleConfig and DataConfig in one
     strategies: Strategies
 
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:

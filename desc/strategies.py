@@ -61,7 +61,7 @@ def read_strategies(path: str | None) -> Strategies:
     bracketed = any("[" in name or "]" in name for name in names)
     if len(names) < 2 or repeated or bracketed:
         raise DescError(
-            f"--strategies {path}: needs two or more different names, one per line, without square"
+            f"{path}: a taxonomy needs two or more different names, one per line, without square"
             " brackets"
         )
     return Strategies(names)

@@ -1,5 +1,5 @@
-"""Small random models of several architectures, for tests of what each must get right: windows,
-caps, sinks."""
+"""Small random models of several architectures. The tests use them to check windows, caps on the
+scores and sinks."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,7 +18,7 @@ SMALL |= {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-SMALL |= {"initializer_range": 0.5}  # large enough for attention to be choosy
+SMALL |= {"initializer_range": 0.5}  # large, so that attention is not uniform
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 KINDS = {
     "qwen2": {},
@@ -33,7 +33,7 @@ KINDS = {
     "phi3 with a window": {"sliding_window": 4},
     "gemma3_text with windows": {"sliding_window": 4, "layer_types": ALTERNATING},
 }
-ODD = {  # attention with more to it than a mask: caps on the scores, sinks
+ODD = {  # Their attention is more than a mask: it has caps on the scores, or sinks.
     "gemma2": {
         "layer_types": 3 * ["full_attention"],
         "attn_logit_softcapping": 2.0,
@@ -52,7 +52,7 @@ def configure(kind, **changes):
 
 
 def build(config):
-    """The stock model in eager attention, random weights, fp32."""
+    """The stock model with eager attention and random weights, in fp32."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32

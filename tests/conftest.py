@@ -1,4 +1,5 @@
-"""Fixtures that several files share, and the marker `slow`: skipped unless --slow is given."""
+"""Fixtures that several files share, and the marker `slow`. Tests with this marker run only with
+--slow."""
 
 import json
 import os
@@ -27,25 +28,25 @@ def pytest_addoption(parser):
     parser.addoption(
         "--slow",
         action="store_true",
-        help="also run the tests that take minutes: on SmolLM2's real weights, on three ranks, …",
+        help="also run the tests that need minutes: on SmolLM2's real weights, on three ranks, …",
     )
 
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers",
-        "slow: takes minutes, as on SmolLM2's weights or three ranks; runs only with --slow",
+        "markers", "slow: needs minutes, on SmolLM2's weights or three ranks; runs only with --slow"
     )
     # A warning fails the test, unless an oracle causes it. The last rule that fits wins.
     for rule in ("error", "ignore:.*deprecated and will be removed in v6:FutureWarning"):
         config.addinivalue_line("filterwarnings", rule)
-    # the models are tiny: threads would only get in each other's way
+    # The models are so tiny that more threads would only slow them down.
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
-    """The files that take longest go first, so that no core waits for another at the end."""
-    items.sort(key=lambda item: LONGEST.index(n) if (n := item.path.name) in LONGEST else 9)
+    """The longest files go first, so that no core waits for another at the end."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
@@ -54,14 +55,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seed():
-    """A test draws the same numbers alone, in company and every time."""
+    """A test draws the same numbers every time, alone or with other tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def toy():
-    """(model, tokenizer), shared by all tests: a test that adds adapters does so on a copy.deepcopy
-    of the model."""
+    """(model, tokenizer), which all tests share. A test that adds adapters needs a copy.deepcopy of
+    the model."""
     return load("toy", torch.float32)
 
 
@@ -77,7 +78,8 @@ def sample():
 
 @pytest.fixture(scope="session")
 def esconv_path():
-    """ESConv.json with the DecoupledESC split.json beside it; never part of the repository."""
+    """The path of ESConv.json. The split.json of DecoupledESC is beside it. Neither is part of the
+    repository."""
     path = Path(os.environ.get("DESC_ESCONV", ""))
     if not path.is_file():
         pytest.skip(
@@ -88,8 +90,9 @@ def esconv_path():
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on loopback that answers each call by the next of server.script (a status, a text,
-    whole bytes, or a function of the call that gives one), and by the last ever after."""
+    """A server on loopback. It answers each call by the next entry of server.script, and repeats the
+    last one. An entry is a status, a text, the bytes of a body, or a function of the call that gives
+    one of these."""
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: server.waits.append(seconds))
     monkeypatch.setenv("DESC_API_KEY", "hush")
 
@@ -113,13 +116,9 @@ def server(monkeypatch):
                 "system_fingerprint": "",
             }
             answer |= {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
-            data = (
-                scripted
-                if isinstance(scripted, bytes)
-                else json.dumps(
-                    {"error": "wrong key hush"} if isinstance(scripted, int) else answer
-                ).encode()
-            )
+            if isinstance(scripted, int):
+                answer = {"error": "wrong key hush"}
+            data = scripted if isinstance(scripted, bytes) else json.dumps(answer).encode()
             self.send_response(scripted if isinstance(scripted, int) else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))

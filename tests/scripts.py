@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(script, *flags, ranks=1) -> list[str]:
+    """The command line that runs a script ("….py") or a module of the project."""
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         if ranks > 1
@@ -20,8 +21,8 @@ def command(script, *flags, ranks=1) -> list[str]:
 
 
 def run(script, *flags, cwd=ROOT, fails=False, ranks=1, stdin=None):
-    """The script's standard output; if it should fail, its standard error. It must not warn."""
-    # the models are tiny: threads would only get in each other's way
+    """The script's standard output, or its standard error if it should fail. It must not warn."""
+    # The models are so tiny that more threads would only slow them down.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     streams = {"input": stdin, "capture_output": True, "text": True, "errors": "surrogateescape"}
     done = subprocess.run(command(script, *flags, ranks=ranks), cwd=cwd, env=environment, **streams)
@@ -31,4 +32,5 @@ def run(script, *flags, cwd=ROOT, fails=False, ranks=1, stdin=None):
 
 
 def lines(path):
+    """The records of a JSON lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

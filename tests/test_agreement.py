@@ -27,7 +27,7 @@ from desc.judging.statistics import (
     kappa_of_confusion,
     spearman,
 )
-from desc.mining import LABELS, Answer, Judgement
+from desc.mining import LABELS, Annotation, Answer
 from desc.strategies import ESCONV
 
 ROW = {
@@ -114,7 +114,7 @@ def review(tmp_path):
     answers = [(dialogues[0], Answer(0, "Others", "unjudged"))]
     for dialogue in dialogues:
         for turn in range(len(dialogue)):
-            judgement = Judgement("none", 0.5, "Fits.")
+            judgement = Annotation("none", 0.5, "Fits.")
             answer = Answer(turn, "Others", f"-{dialogue.id}{turn}", judgement)
             answers.append((dialogue, answer))
     write_review(tmp_path / "review.csv", answers, 10, seed=0)
@@ -264,7 +264,7 @@ def test_labelled_turns_are_annotated_a_dialogue_at_a_time(tmp_path):
 
     def annotator(cases):
         asked.append([case.reply for case in cases])
-        return [Judgement("none", 0.5, case.reply) for case in cases]
+        return [Annotation("none", 0.5, case.reply) for case in cases]
 
     judgements = annotate_labelled(annotator, labelled)
     assert [judgement.explanation for judgement in judgements] == ["0", "0", "1"]
@@ -313,8 +313,8 @@ def test_the_bootstrap_of_a_statistic_draws_dialogues_whole():
     groups = [[(1.0, 2.0), (2.0, 1.0)], [(3.0, 3.0)], [(4.0, 5.0), (5.0, 4.0), (6.0, 6.0)]]
     values = bootstrap_statistic(spearman, groups, samples=50, seed=3)
     draw = np.random.default_rng(3)
-    for value, indices in zip(values, draw.integers(3, size=(50, 3)), strict=True):
-        judge, people = zip(*(pair for i in indices for pair in groups[i]))
+    for value, times in zip(values, draw.multinomial(3, [1 / 3] * 3, size=50), strict=True):
+        judge, people = zip(*sum((groups[i] * times[i] for i in range(3)), []))
         np.testing.assert_equal(value, spearman(judge, people))  # nan, if only group 1 is drawn
 
 

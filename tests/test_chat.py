@@ -12,8 +12,8 @@ from scripts import command, run
 
 from desc.chat import conversation as chat
 from desc.chat.safety import CRISIS, OPENING, in_danger
-from desc.cli import SampleConfig
 from desc.esconv import Dialogue, Turn, load_dialogues
+from desc.flags import SampleConfig
 from desc.lora import adapter_only, add_adapter, lora_layers, save_adapter
 from desc.sampling import grow_branches, score_strategies, stream_text
 from desc.strategies import ESCONV, Strategies
@@ -23,7 +23,8 @@ BAR = r"^  (.+?) +█* +(\d+\.\d)%(?:  ← (\w+))?$"
 
 @pytest.fixture(scope="module")
 def out(toy, tmp_path_factory):
-    """A planner that had SFT alone and a generator that had both stages, of random numbers."""
+    """A folder with adapters of random numbers: a planner with SFT alone, and a generator with SFT
+    and DPO."""
     out = tmp_path_factory.mktemp("out")
     for seed, folder in enumerate(("sp/sft", "rg/sft", "rg/dpo")):
         model = deepcopy(toy[0])
@@ -37,23 +38,18 @@ def out(toy, tmp_path_factory):
 
 @pytest.fixture
 def start(toy, out):
-    """A new conversation under other flags."""
+    """A function that starts a conversation with the flags it is given."""
 
     def start(**flags) -> chat.Chat:
         model = deepcopy(toy[0])
-        return chat.Chat(
-            model,
-            toy[1],
-            SampleConfig(**{"max_new_tokens": 12} | flags),
-            ESCONV,
-            chat.attach(model, out),
-        )
+        config = SampleConfig(**{"max_new_tokens": 12} | flags)
+        return chat.Chat(model, toy[1], config, ESCONV, chat.attach(model, out))
 
     return start
 
 
 def test_a_piped_conversation(out, tmp_path):
-    """Every command and every mistake, one after another; it ends where the input ends."""
+    """The input has every command and every mistake. The conversation ends with the input."""
     typed = [
         "/compare", "", "My dog di\udced.", "/compare", "/strategy Informatoin",
         "/strategy information",
@@ -64,12 +60,10 @@ def test_a_piped_conversation(out, tmp_path):
     output = run(
         "desc.chat", "--model", "toy", "--out", out, "--max-new-tokens", 12, stdin="\n".join(typed)
     )
-    assert (
-        output.startswith(OPENING)
-        and "Traceback" not in output
-        and output.endswith("Goodbye, and take care.\n")
-    )
-    places = [
+    assert output.startswith(OPENING)
+    assert "Traceback" not in output
+    assert output.endswith("Goodbye, and take care.\n")
+    parts = [
         f"finds no adapter in {out}/sp/dpo: train_dpo.py --task sp makes one",
         "planner: sft, generator: dpo",
         "There is no reply yet", "← drawn", "supporter [", "before DPO [", "after DPO [",
@@ -81,10 +75,10 @@ def test_a_piped_conversation(out, tmp_path):
         "/frobnicate is no command", chat.HELP,
         "your message: the latest turn alone has more than 2048 tokens",
     ]  # fmt: skip
-    at = 0
-    for place in places:
-        assert place in output[at:], place
-        at = output.index(place, at) + len(place)
+    end = 0
+    for part in parts:
+        assert part in output[end:], part
+        end = output.index(part, end) + len(part)
     assert output.count(CRISIS) == 1
     (saved,) = load_dialogues(tmp_path / "chat.json")
     assert [turn.text for turn in saved.turns[::2]] == [
@@ -92,14 +86,13 @@ def test_a_piped_conversation(out, tmp_path):
         "I don’t want to live any more.",
     ]
     replies = re.findall(r"supporter \[(.+?)\]: (.*?)\n(?:before|/save)", output, re.S)
-    assert [(turn.strategy, turn.text) for turn in saved.turns[1::2]] == replies and replies[1][
-        0
-    ] == "Information"
+    assert [(turn.strategy, turn.text) for turn in saved.turns[1::2]] == replies
+    assert replies[1][0] == "Information"
     assert not list(tmp_path.parent.rglob("*.tmp"))
 
 
 def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # which has no blocks for bars
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # ASCII has no blocks for bars.
     flags = ("--model", "toy", "--out", out, "--max-length", 100000, "--max-new-tokens", 50000)
     pipes = {
         "stdin": -1,
@@ -110,16 +103,18 @@ def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monk
         "errors": "replace",
     }
 
-    def heed():  # a shell's background jobs ignore it, and so would theirs
+    def allow_interrupts():
+        """A shell's background jobs ignore SIGINT, and their child processes inherit that."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    talk = subprocess.Popen(command("desc.chat", *flags), preexec_fn=heed, **pipes)
+    talk = subprocess.Popen(command("desc.chat", *flags), preexec_fn=allow_interrupts, **pipes)
 
     def read_until(text):
         output = ""
         while not output.endswith(text):
-            output += (character := talk.stdout.read(1))
+            character = talk.stdout.read(1)
             assert character, output + talk.stderr.read()
+            output += character
         return output
 
     talk.stdin.write("hello\n")
@@ -131,29 +126,25 @@ def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monk
     read_until("(stopped)\n")
     talk.stdin.write("/undo\n")
     read_until("(Taken back: 'hello' and its reply.)\n")
-    time.sleep(1)  # until it reads again
+    time.sleep(1)  # until it waits for input again
     talk.send_signal(signal.SIGINT)
-    assert (
-        talk.communicate(timeout=60) == ("\nGoodbye, and take care.\n", "") and talk.returncode == 0
-    )
+    assert talk.communicate(timeout=60) == ("\nGoodbye, and take care.\n", "")
+    assert talk.returncode == 0
 
 
 def test_bars_are_the_planners_exact_probabilities(start, capsys):
     talk = start(temperature=0)
-    # names of about one length, or a toy would be sure of the shortest
+    # The names have equal lengths, because the toy is almost certain of a shorter name.
     talk.strategies = Strategies(tuple("ABCDEFGH"))
     for message in ("I failed my exam.", "Twice!"):
         talk.take(message)
         bars = re.findall(BAR, capsys.readouterr().out, re.M)
         dialogue = Dialogue("", talk.turns)
         with adapter_only(talk.model, "sp-sft"):
-            exact = (
-                100
-                * score_strategies(talk.model, talk.tokenizer, "sp", [dialogue], talk.strategies)[
-                    -1
-                ].exp()
-            )
-        assert [name for name, _, _ in bars] == list(talk.strategies) and exact.max() < 90
+            logps = score_strategies(talk.model, talk.tokenizer, "sp", [dialogue], talk.strategies)
+        exact = 100 * logps[-1].exp()
+        assert [name for name, _, _ in bars] == list(talk.strategies)
+        assert exact.max() < 90
         torch.testing.assert_close(
             torch.tensor([float(p) for _, p, _ in bars]), exact, atol=0.051, rtol=0
         )
@@ -181,10 +172,8 @@ def test_a_forced_strategy_stays_until_the_planner_chooses_again(start, capsys):
             assert "nonsense" not in capsys.readouterr().out
         talk.take(line)
         assert all(turn.strategy == other for turn in talk.turns[1::2])
-    assert (
-        "'nonsense' is no strategy; there are Question," in capsys.readouterr().out
-        and not talk.turns
-    )
+    assert "'nonsense' is no strategy; there are Question," in capsys.readouterr().out
+    assert not talk.turns
     talk.take("/strategy")
     talk.take("Hello")
     assert talk.turns[1].strategy == first
@@ -202,7 +191,8 @@ def test_compare_repeats_the_reply_and_shows_what_it_was_before(start, capsys):
         capsys.readouterr().out,
         re.S,
     ).groups()
-    assert dpo == reply.text != sft and talk.turns == before
+    assert dpo == reply.text != sft
+    assert talk.turns == before
     with adapter_only(talk.model, "rg-sft"):
         assert sft == talk.say(Dialogue("", before[:-1]), reply.strategy, "sft", "")
     talk.stages = {"sp": ["sft"], "rg": ["sft"]}
@@ -215,7 +205,7 @@ def test_compare_repeats_the_reply_and_shows_what_it_was_before(start, capsys):
 
 
 @pytest.mark.parametrize("tokens, kept", [(5, True), (0, False)])
-def test_what_was_said_before_an_interrupt_stays(start, capsys, monkeypatch, tokens, kept):
+def test_what_was_written_before_an_interrupt_stays(start, capsys, monkeypatch, tokens, kept):
     def interrupted(*args):
         for step, drawn in enumerate(grow_branches(*args)):
             if step == tokens:
@@ -226,25 +216,24 @@ def test_what_was_said_before_an_interrupt_stays(start, capsys, monkeypatch, tok
     monkeypatch.setattr(chat, "grow_branches", interrupted)
     talk.take("Hello")
     output = capsys.readouterr().out
-    assert "… (stopped)" in output and ("your message is taken back" in output) is not kept
-    assert [turn.speaker for turn in talk.turns] == ["seeker", "supporter"] * kept
-    assert not kept or output.endswith(f"]: {talk.turns[1].text} … (stopped)\n")
-    # nothing stays switched off
+    assert "… (stopped)" in output
+    assert ("your message is taken back" in output) is not kept
+    assert [turn.speaker for turn in talk.turns] == (["seeker", "supporter"] if kept else [])
+    if kept:
+        assert output.endswith(f"]: {talk.turns[1].text} … (stopped)\n")
+    # No adapter stays switched off.
     assert not any(layer.off for layer in lora_layers(talk.model).values())
 
 
 def test_an_overlong_conversation_forgets_its_beginning_and_says_so_once(start, capsys):
-    room = (
-        start()
-        .read("rg", Dialogue("", (Turn("seeker", "word " * 40),)), [""], 2048, ESCONV[1])
-        .sequences[0]
-        .prompt
-    )
-    talk = start(max_length=len(room) + 12 + 30)
+    dialogue = Dialogue("", (Turn("seeker", "word " * 40),))
+    prompt = start().read("rg", dialogue, [""], 2048, ESCONV[1]).sequences[0].prompt
+    talk = start(max_length=len(prompt) + 12 + 30)
     for turn in range(4):
         talk.take("word " * 40)
         assert len(talk.turns) == 2 * turn + 2
-        assert capsys.readouterr().out.count("outgrown --max-length") == (turn == 1)
+        warnings = capsys.readouterr().out.count("outgrown --max-length")
+        assert warnings == (1 if turn == 1 else 0)
 
 
 def test_a_reply_streams_in_whole_characters(toy):
@@ -252,11 +241,13 @@ def test_a_reply_streams_in_whole_characters(toy):
     text = "\n  She said “née”,\n  then 🫂 and 你好 …  "
     ids = tokenizer(text, add_special_tokens=False).input_ids
     halves = [n for n in range(len(ids)) if tokenizer.decode(ids[:n]).endswith("\ufffd")]
-    for n in (halves[0], halves[-1]):  # a reply may end anywhere, in a character too
+    for n in (halves[0], halves[-1]):  # A reply may end within a character.
         streamed = "".join(stream_text(tokenizer, ids[:n]))
-        assert "\ufffd" not in streamed and text.strip().startswith(streamed)
+        assert "\ufffd" not in streamed
+        assert text.strip().startswith(streamed)
     pieces = list(filter(None, stream_text(tokenizer, ids)))
-    assert "".join(pieces) == text.strip() and pieces[-3:] == [" 你", "好", " …"]
+    assert "".join(pieces) == text.strip()
+    assert pieces[-3:] == [" 你", "好", " …"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """pytest tests/test_checkpoint.py --slow
 
-A run that is killed and started again ends as if nothing had happened."""
+A run that is killed and started again ends like a run that nothing interrupts."""
 
 import os
 import random
@@ -35,13 +35,15 @@ def test_the_newest_is_read_and_two_are_kept(tmp_path):
     for step in (5, 10, 15):
         write(tmp_path, step)
     facts, read = read_checkpoint(tmp_path, SETTINGS)
-    assert facts["step"] == 15 and facts["best"] == 2.5 and read.keys() == tensors(15).keys()
+    assert facts["step"] == 15
+    assert facts["best"] == 2.5
+    assert read.keys() == tensors(15).keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors(15).items())
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "00000010.safetensors",
         "00000015.safetensors",
     ]
-    write(tmp_path, 12)  # what is later than the newest can only have been damaged
+    write(tmp_path, 12)  # A later checkpoint is deleted, because it must have been damaged.
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "00000010.safetensors",
         "00000012.safetensors",
@@ -49,7 +51,8 @@ def test_the_newest_is_read_and_two_are_kept(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_left_aside_and_the_one_before_used(tmp_path, capsys):
-    """Cut off at every 20th byte, and with any one of its facts' and tensors' bytes changed."""
+    """The newest checkpoint is cut off at every 20th byte. Then each single byte of its facts and
+    tensors is changed."""
     for step in (5, 10):
         write(tmp_path, step)
     newest = tmp_path / "00000010.safetensors"
@@ -63,10 +66,11 @@ def test_a_damaged_checkpoint_is_left_aside_and_the_one_before_used(tmp_path, ca
     for bad in damaged:
         newest.write_bytes(bad)
         facts, _ = read_checkpoint(tmp_path, SETTINGS)
-        assert facts["step"] == 5 and "00000010.safetensors is damaged" in capsys.readouterr().out
+        assert facts["step"] == 5
+        assert "00000010.safetensors is damaged" in capsys.readouterr().out
 
 
-def test_nothing_whole_is_an_error(tmp_path):
+def test_no_readable_checkpoint_is_an_error(tmp_path):
     write(tmp_path, 5)
     (tmp_path / "00000005.safetensors").write_bytes(b"")
     with pytest.raises(DescError, match="no checkpoint can be read; delete it to start anew"):
@@ -98,55 +102,30 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-TRAIN = (
-    "--task",
-    "sp",
-    "--model",
-    "toy",
-    "--eval-dialogues",
-    1,
-    "--train-dialogues",
-    6,
-    "--lr",
-    3e-3,
-    "--batch-size",
-    8,
-)
+def sft(out, *flags):
+    data = ("--eval-dialogues", 1, "--train-dialogues", 6)
+    steps = ("--lr", 3e-3, "--batch-size", 8, "--epochs", 2, "--eval-every", 4, "--save-every", 1)
+    return "train_sft.py", "--task", "sp", "--model", "toy", *data, *steps, "--out", out, *flags
 
 
-def sft(out, *more):
-    return (
-        "train_sft.py",
-        *TRAIN,
-        "--epochs",
-        2,
-        "--eval-every",
-        4,
-        "--save-every",
-        1,
-        "--out",
-        out,
-        *more,
-    )
-
-
-def same_run(one, other):
-    """Adapters equal to the bit, the same numbers logged, and no checkpoint left."""
+def assert_same_run(first, second):
+    """The adapters are equal to the bit, and the logged numbers are the same. The first run has left
+    no checkpoint."""
     for folder in ("", "last"):
-        a, b = (out / "sp" / "sft" / folder / "adapter_model.safetensors" for out in (one, other))
+        a, b = (
+            out / "sp" / "sft" / folder / "adapter_model.safetensors" for out in (first, second)
+        )
         assert a.read_bytes() == b.read_bytes()
     logged = [
         [
             {k: v for k, v in record.items() if k != "time"}
             for record in lines(out / "sp" / "sft" / "metrics.jsonl")
         ]
-        for out in (one, other)
+        for out in (first, second)
     ]
-    assert (
-        logged[0] == logged[1]
-        and not list(one.rglob("checkpoints"))
-        and not list(one.rglob("*.tmp"))
-    )
+    assert logged[0] == logged[1]
+    assert not list(first.rglob("checkpoints"))
+    assert not list(first.rglob("*.tmp"))
 
 
 @pytest.fixture(scope="module")
@@ -175,52 +154,53 @@ def wait_for_step(process, out, step):
 
 
 def test_sigterm_ends_with_a_checkpoint_and_the_same_command_goes_on(whole, tmp_path):
-    """At the edge of an epoch, with dropout, and refused with another learning rate in between."""
+    """The signal comes at the end of an epoch, and there is dropout. In between, another learning
+    rate is refused."""
     process = begin(*sft(tmp_path))
     wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
-    assert (
-        "the same command goes on from there" in process.communicate()[0]
-        and process.returncode == 143
-    )
+    assert "the same command goes on from there" in process.communicate()[0]
+    assert process.returncode == 143
     assert "checkpoints was begun with another lr" in run(*sft(tmp_path, "--lr", 1e-3), fails=True)
     assert "from step" in run(*sft(tmp_path))
-    same_run(tmp_path, whole)
+    assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_the_run_ends_bit_for_bit(whole, tmp_path):
-    """SIGKILL up to a tenth of a second after one to three new checkpoints: every step is saved, so
-    that many hit a save; when the last step is near, some hit the end."""
-    out, kills, draw = tmp_path / "out", 0, random.Random(0)
+    """SIGKILL comes up to a tenth of a second after one to three new checkpoints. Every step is
+    saved, so many kills hit a save. Near the last step, some hit the end of the run."""
+    out = tmp_path / "out"
     checkpoints = out / "sp" / "sft" / "checkpoints"
+    draw = random.Random(0)
+    kills = 0
     while kills < 20:
-        before, process = set(checkpoints.glob("*.safetensors")), begin(*sft(out))
-        seen, wanted = set(), draw.randint(1, 3)
-        while process.poll() is None and len(seen) < wanted:
-            seen |= set(checkpoints.glob("*.safetensors")) - before
+        before = set(checkpoints.glob("*.safetensors"))
+        process = begin(*sft(out))
+        new, enough = set(), draw.randint(1, 3)
+        while process.poll() is None and len(new) < enough:
+            new |= set(checkpoints.glob("*.safetensors")) - before
             time.sleep(0.001)
         time.sleep(draw.random() * 0.1)
         process.kill()
         process.communicate()
         if process.returncode == -signal.SIGKILL:
             kills += 1
-        else:  # it had ended: compare, and begin anew
-            same_run(out, whole)
+        else:  # The run had ended, so a new one is begun.
+            assert_same_run(out, whole)
             shutil.rmtree(out)
     run(*sft(out))
-    same_run(out, whole)
+    assert_same_run(out, whole)
 
 
-def test_half_a_file_is_not_left_where_the_disk_is_full(tmp_path, monkeypatch):
+def test_half_a_file_is_not_left_if_the_disk_is_full(tmp_path, monkeypatch):
     write_bytes(tmp_path / "file", b"before")
 
-    def full(_):
+    def fail(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError):
         write_bytes(tmp_path / "file", b"after")
-    assert (tmp_path / "file").read_bytes() == b"before" and [
-        path.name for path in tmp_path.iterdir()
-    ] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

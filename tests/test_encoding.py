@@ -1,7 +1,7 @@
-"""Messages -> token ids: one end of turn, nothing straddles the boundary, nothing typed by people
-is a control token, cutting.
+"""From messages to token ids. A completion has one end of turn. No token crosses the boundary of
+prompt and completion. Typed text makes no control tokens. Long dialogues are cut.
 
-    pytest tests/test_encoding.py -q            (--slow also takes SmolLM2's tokenizer)
+    pytest tests/test_encoding.py -q            (--slow also tests SmolLM2's tokenizer)
 """
 
 from copy import deepcopy
@@ -44,8 +44,8 @@ def item_of(tokenizer, example, max_length=10_000, **options):
 
 
 def check_a_sequence(tokenizer, example):
-    """Prompt and completion together are the chat template's own text of the whole conversation, up
-    to the end of turn."""
+    """Prompt and completion together are the text that the chat template makes of the whole
+    conversation, up to the end of turn."""
     end = end_of_turn(tokenizer)
     (sequence,) = item_of(tokenizer, example).sequences
     assert sequence.completion[-1] == end and sequence.completion.count(end) == 1
@@ -70,8 +70,8 @@ def test_sequences_of_the_sample_for_smollm2(task, smollm2, sample):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_prompt_does_not_depend_on_the_completion(task, toy, sample):
-    """Tokens such as "▁Wh" would join a prompt's end to a completion's beginning; here each is
-    tokenised alone."""
+    """If both were tokenised together, tokens such as "▁Wh" would join the prompt's end to the
+    completion's beginning."""
     example = build_examples(task, sample[:1])[-1]
     prompt = encode_prompt(toy[1], example.messages)
     item = encode(
@@ -84,11 +84,13 @@ def test_the_prompt_does_not_depend_on_the_completion(task, toy, sample):
 
 
 def check_typed_tokens(tokenizer, typed):
-    """As many special tokens as without what was typed, in the prompt and in the completion; the
-    letters are all still there."""
+    """A dialogue with `typed` in every turn has the same special tokens as a dialogue with "words"
+    there, in the prompt and in the completion. All letters of `typed` stay."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
-    def count(text):
+    def encode_turns(text):
+        """(the special tokens of the prompt and completion of each task, the decoded replies)."""
+        tokens, replies = [], []
         opening = (Turn("seeker", text), Turn("supporter", text, "Question"))
         dialogue = Dialogue(
             "0", (*opening, Turn("seeker", f"and {text}!"), Turn("supporter", text, "Others"))
@@ -96,13 +98,14 @@ def check_typed_tokens(tokenizer, typed):
         for task in TASKS:
             example = build_examples(task, [dialogue])[1]
             (sequence,) = item_of(tokenizer, example).sequences
-            yield [[token for token in part if token in special] for part in sequence]
+            tokens.append([[token for token in part if token in special] for part in sequence])
             if task != "sp":
-                seen.append(tokenizer.decode(sequence.completion[:-1]))
+                replies.append(tokenizer.decode(sequence.completion[:-1]))
+        return tokens, replies
 
-    seen = []
-    assert list(count(typed)) == list(count("words"))
-    assert all(typed.replace(" ", "") in text.replace(" ", "") for text in seen[:2])
+    tokens, replies = encode_turns(typed)
+    assert tokens == encode_turns("words")[0]
+    assert all(typed.replace(" ", "") in reply.replace(" ", "") for reply in replies)
 
 
 @pytest.mark.parametrize("typed", TYPED)
@@ -126,8 +129,8 @@ def test_end_of_turn_of_smollm2(smollm2):
 
 
 def test_end_of_turn_is_the_templates_and_not_the_eos_token(toy):
-    """As in Gemma, where <end_of_turn> ends a message and <eos> a document; and one without any is
-    refused."""
+    """In Gemma, for example, <end_of_turn> ends a message and <eos> ends a document. A template that
+    has no end of turn is refused."""
     tokenizer = deepcopy(toy[1])
     tokenizer.chat_template = CHAT.replace("END", "<|system|>")
     assert tokenizer.eos_token == "<|end|>"
@@ -150,19 +153,16 @@ def test_a_template_that_refuses_the_messages(toy):
 
 def test_without_the_end_of_turn(toy, sample):
     example = build_examples("vanilla", sample[:1])[0]
-    (ended,), (open_,) = (
-        item_of(toy[1], example).sequences,
-        item_of(toy[1], example, end=False).sequences,
-    )
-    assert ended.prompt == open_.prompt and ended.completion == open_.completion + [
-        end_of_turn(toy[1])
-    ]
+    (ended,) = item_of(toy[1], example).sequences
+    (unended,) = item_of(toy[1], example, end=False).sequences
+    assert ended.prompt == unended.prompt
+    assert ended.completion == unended.completion + [end_of_turn(toy[1])]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_long_dialogues_lose_as_few_of_their_oldest_exchanges_as_they_must(task, toy, sample):
-    """With `cut` exchanges gone, the prompt is that of the dialogue without them; one token less
-    room costs one exchange more."""
+    """If `cut` exchanges are removed, the prompt is that of the dialogue without them. If the limit is
+    lower by one token, one more exchange is removed."""
     dialogue, strategy = sample[0], "Others"
     turn = len(dialogue) - 1
     later = [replace(dialogue, turns=dialogue.turns[2 * cut :]) for cut in range(turn + 1)]
@@ -178,12 +178,12 @@ def test_long_dialogues_lose_as_few_of_their_oldest_exchanges_as_they_must(task,
         assert item.sequences == [(prompt, completion)] and item.turns_cut == cut
         if cut < turn:
             assert encode(toy[1], "0/9", "0", messages, [answer], limit - 1).turns_cut == cut + 1
-    with pytest.raises(DescError, match=f"^0/9: .*{limit - 1} tokens; raise --max-length"):
+    with pytest.raises(DescError, match=f"^0/9: .*{limit - 1} tokens; raise max_length"):
         encode(toy[1], "0/9", "0", messages, [answer], limit - 1)
 
 
 def test_both_answers_of_a_pair_fit(toy, sample):
-    """The longer one decides what is cut, so that chosen and rejected keep the same prompt."""
+    """The longer answer decides how much is cut, so chosen and rejected keep the same prompt."""
     example = build_examples("rg", sample[:1])[-1]
     long = example.completion + 30 * " really"
     limit = (
@@ -191,11 +191,10 @@ def test_both_answers_of_a_pair_fit(toy, sample):
     )
     item = encode(toy[1], "0/0", "0", example.messages, [example.completion, long], limit)
     chosen, rejected = item.sequences
-    assert item.turns_cut > 0 == item_of(toy[1], example, limit).turns_cut
-    assert (
-        chosen.prompt == rejected.prompt
-        and len(rejected.prompt) + len(rejected.completion) <= limit
-    )
+    assert item.turns_cut > 0
+    assert item_of(toy[1], example, limit).turns_cut == 0
+    assert chosen.prompt == rejected.prompt
+    assert len(rejected.prompt) + len(rejected.completion) <= limit
 
 
 def test_marked_loss_is_the_completion_with_its_one_end_of_turn(toy, sample):
@@ -204,8 +203,6 @@ def test_marked_loss_is_the_completion_with_its_one_end_of_turn(toy, sample):
         text = mark_loss(toy[1], item_of(toy[1], example).sequences[0])
         prompt, loss = text.split("»")
         assert loss == f"{example.completion}<|end|>«"
-        assert (
-            prompt.startswith("<|system|>")
-            and prompt.endswith("<|assistant|>")
-            and example.messages[-1]["content"] in prompt
-        )
+        assert prompt.startswith("<|system|>")
+        assert prompt.endswith("<|assistant|>")
+        assert example.messages[-1]["content"] in prompt

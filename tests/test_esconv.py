@@ -1,10 +1,10 @@
-"""Dialogues: the paper's preprocessing rule by rule, every format, every bad input, the splits, and
-the shipped sample.
+"""Dialogues: the rules of the paper's preprocessing, all formats, bad input, the splits and the
+shipped sample.
 
     DESC_ESCONV=/path/to/ESConv.json pytest tests/test_esconv.py -q
 
-Without DESC_ESCONV the tests against ESConv itself (its counts; that the sample copies nothing) are
-skipped."""
+Without DESC_ESCONV the tests that need ESConv itself are skipped. They check its counts, and that
+the sample copies nothing from it."""
 
 import json
 import random
@@ -30,24 +30,23 @@ def supporter(text, strategy="Question"):
 
 
 # --- preprocessing --------------------------------------------------------------------------------
-# ------------------------------
 
 
 @pytest.mark.parametrize(
-    "said, expected",
+    "utterances, expected",
     [
         ([seeker("a"), supporter("x")], [seeker("a"), supporter("x")]),
-        # seeker utterances in a row are joined by a line break
+        # Seeker utterances in a row are joined by a line break.
         (
             [seeker("a"), seeker("b"), seeker("c"), supporter("x")],
             [seeker("a\nb\nc"), supporter("x")],
         ),
-        # supporter utterances never: a seeker turn of one blank goes between
+        # Supporter utterances in a row are not joined. A seeker turn of one space separates them.
         (
             [seeker("a"), supporter("x", "Question"), supporter("y", "Others")],
             [seeker("a"), supporter("x", "Question"), seeker(" "), supporter("y", "Others")],
         ),
-        # "Hi" opens what the supporter opens
+        # If the supporter speaks first, a seeker turn "Hi" is put before it.
         (
             [supporter("x"), seeker("a"), supporter("y")],
             [seeker("Hi"), supporter("x"), seeker("a"), supporter("y")],
@@ -56,37 +55,37 @@ def supporter(text, strategy="Question"):
             [supporter("x"), supporter("y")],
             [seeker("Hi"), supporter("x"), seeker(" "), supporter("y")],
         ),
-        # what the seeker says last is dropped
+        # Seeker utterances after the last supporter utterance are dropped.
         ([seeker("a"), supporter("x"), seeker("b"), seeker("c")], [seeker("a"), supporter("x")]),
         ([seeker("a"), seeker("b")], []),
         ([], []),
     ],
 )
-def test_alternate(said, expected):
-    assert alternate(said) == tuple(expected)
+def test_alternate(utterances, expected):
+    assert alternate(utterances) == tuple(expected)
 
 
 def test_alternate_keeps_every_supporter_utterance_and_every_word():
-    """Random dialogues: the speakers take turns, supporter turns stay as they were, the seeker
-    loses the last words alone."""
+    """In random dialogues the speakers alternate. Supporter turns stay as they were, and the seeker
+    loses only what comes after the last of them."""
     draw = random.Random(0)
     for _ in range(200):
-        said = [
+        utterances = [
             draw.choice((seeker, supporter))(f"utterance {i}") for i in range(draw.randrange(12))
         ]
-        turns = alternate(said)
+        turns = alternate(utterances)
         assert [t.speaker for t in turns] == ["seeker", "supporter"] * (len(turns) // 2)
         assert [t for t in turns if t.speaker == "supporter"] == [
-            t for t in said if t.speaker == "supporter"
+            t for t in utterances if t.speaker == "supporter"
         ]
-        last = max((i for i, t in enumerate(said) if t.speaker == "supporter"), default=-1)
+        last = max((i for i, t in enumerate(utterances) if t.speaker == "supporter"), default=-1)
         words = [
             line
             for t in turns
             if t.speaker == "seeker" and t.text not in ("Hi", " ")
             for line in t.text.split("\n")
         ]
-        assert words == [t.text for t in said[: last + 1] if t.speaker == "seeker"]
+        assert words == [t.text for t in utterances[: last + 1] if t.speaker == "seeker"]
 
 
 def test_supporter_turns_are_counted_and_found():
@@ -96,7 +95,6 @@ def test_supporter_turns_are_counted_and_found():
 
 
 # --- ESConv itself --------------------------------------------------------------------------------
-# ------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -119,27 +117,26 @@ def test_supporter_turns_of_the_decoupledesc_split(esconv, esconv_path):
 
 
 def test_strategy_counts_of_esconv(esconv):
-    """Those of the official README, in the order of ESCONV."""
+    """The expected counts are those of the official README, in the order of ESCONV."""
     counts = Counter(t.strategy for d in esconv for t in d.turns if t.strategy)
     assert [counts[name] for name in ESCONV] == [3801, 1089, 1436, 1713, 2827, 2954, 1215, 3341]
 
 
-def utterances(path):
-    """All that is said in a file, case and white space apart."""
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    records = whole["dialogues"] if isinstance(whole, dict) else whole
+def read_texts(path):
+    """The texts of all utterances in a file, in lower case and with single spaces."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    records = content["dialogues"] if isinstance(content, dict) else content
     return {
         " ".join(u["content"].casefold().split()) for record in records for u in record["dialog"]
     }
 
 
 def test_the_sample_copies_nothing_from_esconv(esconv_path):
-    assert len(utterances(SAMPLE)) > 300
-    assert not utterances(SAMPLE) & utterances(esconv_path)
+    assert len(read_texts(SAMPLE)) > 300
+    assert not read_texts(SAMPLE) & read_texts(esconv_path)
 
 
 # --- the shipped sample ---------------------------------------------------------------------------
-# ------------------------------
 
 
 def test_the_sample_is_large_and_varied_enough():
@@ -154,7 +151,6 @@ def test_the_sample_is_large_and_varied_enough():
 
 
 # --- formats --------------------------------------------------------------------------------------
-# ------------------------------
 
 OFFICIAL = [
     {
@@ -183,7 +179,7 @@ HUB = [
     },
     {"dialog": [{"speaker": "sys", "text": "Hello ✓", "strategy": "Others"}]},
 ]
-READ = [
+EXPECTED = [
     Dialogue("0", (seeker("I feel low."), supporter("Since when?"))),
     Dialogue("1", (seeker("Hi"), supporter("Hello ✓", "Others"))),
 ]
@@ -196,14 +192,14 @@ def json_lines(records):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        (json.dumps(OFFICIAL), READ),
-        (json.dumps(OFFICIAL, indent=4, ensure_ascii=False), READ),
-        ("\ufeff" + json.dumps(OFFICIAL, ensure_ascii=False), READ),  # a byte-order mark
-        (json.dumps({"about": "…", "dialogues": OFFICIAL}, indent=1), READ),
-        (json.dumps(OFFICIAL[0]), READ[:1]),
-        (json_lines(HUB), READ),
-        (json_lines(HUB).replace("\n", "\r\n\r\n"), READ),  # from Windows, blank lines between
-        (json_lines(HUB[:1]), READ[:1]),
+        (json.dumps(OFFICIAL), EXPECTED),
+        (json.dumps(OFFICIAL, indent=4, ensure_ascii=False), EXPECTED),
+        ("\ufeff" + json.dumps(OFFICIAL, ensure_ascii=False), EXPECTED),  # a byte-order mark
+        (json.dumps({"about": "…", "dialogues": OFFICIAL}, indent=1), EXPECTED),
+        (json.dumps(OFFICIAL[0]), EXPECTED[:1]),
+        (json_lines(HUB), EXPECTED),
+        (json_lines(HUB).replace("\n", "\r\n\r\n"), EXPECTED),  # from Windows, with blank lines
+        (json_lines(HUB[:1]), EXPECTED[:1]),
     ],
     ids=[
         "official",
@@ -237,8 +233,8 @@ def test_hub_splits_and_being_offline(tmp_path, monkeypatch):
 
     path = tmp_path / "lines.txt"
     path.write_text(json_lines(HUB), encoding="utf-8")
-    there = ["README.md", "train.txt", "valid.txt", "test.txt"]
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: there)
+    names = ["README.md", "train.txt", "valid.txt", "test.txt"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: names)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **k: path)
     parts = load_splits("esconv")
     assert [d.id for part in parts.values() for d in part] == [
@@ -249,37 +245,36 @@ def test_hub_splits_and_being_offline(tmp_path, monkeypatch):
         "test/0",
         "test/1",
     ]
-    with pytest.raises(DescError, match="--split-file"):
+    with pytest.raises(DescError, match="a split file"):
         load_splits("esconv", split_file="split.json")
 
     def offline(*args, **kwargs):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    with pytest.raises(DescError, match="download ESConv.json and give --data"):
+    with pytest.raises(DescError, match="download ESConv.json and name that file"):
         load_splits("esconv")
 
 
 # --- bad input ------------------------------------------------------------------------------------
-# ------------------------------
 
 
-def refusal(path, reading, *clues):
-    """`reading` raises DescError, and nothing else, with one line that names the file and every
-    clue."""
+def assert_refused(path, read, *clues):
+    """`read` raises DescError and nothing else. Its message is one line, which names the file and
+    holds every clue."""
     with pytest.raises(DescError) as error:
-        reading()
+        read()
     message = str(error.value)
     assert "\n" not in message and str(path) in message, message
     for clue in clues:
         assert clue in message, message
 
 
-def changed(where, value):
-    """OFFICIAL, dialogue 0, as JSON bytes, with the entry at `where` (a path of keys) set to
-    `value`, or deleted for ..."""
+def changed(keys, value):
+    """OFFICIAL as JSON bytes, with one entry of dialogue 0 set to `value`. If `value` is ..., the
+    entry is deleted. `keys` is the path to the entry."""
     data = deepcopy(OFFICIAL)
-    *parents, last = where
+    *parents, last = keys
     place = data[0]
     for key in parents:
         place = place[key]
@@ -291,7 +286,7 @@ def changed(where, value):
 
 
 SECOND = ("dialog", 1)  # the supporter's utterance
-HERE = ("dialogue 0, utterance 1",)
+HERE = ("dialogue 0, utterance 1",)  # what the message calls it
 BAD = {
     "not JSON": (b"Seeker: hello\n", "not JSON"),
     "truncated list": (json.dumps(OFFICIAL).encode()[:-40], "not JSON", "cut off"),
@@ -392,18 +387,18 @@ BAD = {
 def test_bad_files(tmp_path, data, clues):
     path = tmp_path / "broken.json"
     path.write_bytes(data)
-    refusal(path, lambda: load_dialogues(path), *clues)
+    assert_refused(path, lambda: load_dialogues(path), *clues)
 
 
 def test_bad_paths(tmp_path):
-    refusal(
+    assert_refused(
         tmp_path / "no.json",
         lambda: load_dialogues(tmp_path / "no.json"),
         "cannot be read",
         "No such file",
     )
-    refusal(tmp_path, lambda: load_dialogues(tmp_path), "cannot be read", "directory")
-    refusal("nothing.json", lambda: load_splits("nothing.json"), "cannot be read")
+    assert_refused(tmp_path, lambda: load_dialogues(tmp_path), "cannot be read", "directory")
+    assert_refused("nothing.json", lambda: load_splits("nothing.json"), "cannot be read")
 
 
 def test_no_suggestion_where_nothing_is_like_it():
@@ -412,14 +407,13 @@ def test_no_suggestion_where_nothing_is_like_it():
 
 
 # --- splits ---------------------------------------------------------------------------------------
-# ------------------------------
 
 
-def some(count):
+def make_dialogues(count):
     return [Dialogue(str(i), (seeker("a"), supporter("x"))) for i in range(count)]
 
 
-def ids(parts):
+def ids_of(parts):
     return {name: [int(d.id) for d in part] for name, part in parts.items()}
 
 
@@ -427,31 +421,33 @@ def ids(parts):
     "count, sizes", [(1300, [1040, 130, 130]), (30, [24, 3, 3]), (24, [20, 2, 2]), (3, [1, 1, 1])]
 )
 def test_seeded_split(count, sizes):
-    parts = ids(split(some(count), seed=1))
-    assert (
-        list(parts) == ["train", "valid", "test"]
-        and [len(part) for part in parts.values()] == sizes
-    )
-    assert sorted(sum(parts.values(), [])) == list(range(count))  # disjoint, and nothing left out
-    assert parts == ids(split(some(count), seed=1))
+    parts = ids_of(split(make_dialogues(count), seed=1))
+    assert list(parts) == ["train", "valid", "test"]
+    assert [len(part) for part in parts.values()] == sizes
+    assert sorted(sum(parts.values(), [])) == list(range(count))  # disjoint and complete
+    assert parts == ids_of(split(make_dialogues(count), seed=1))
 
 
 def test_seeded_split_depends_on_the_seed_and_not_on_global_state():
     random.seed(5)
-    first = ids(split(some(100), seed=0))
+    first = ids_of(split(make_dialogues(100), seed=0))
     random.seed(6)
-    assert first == ids(split(some(100), seed=0)) != ids(split(some(100), seed=1))
+    assert (
+        first
+        == ids_of(split(make_dialogues(100), seed=0))
+        != ids_of(split(make_dialogues(100), seed=1))
+    )
 
 
 def test_two_dialogues_cannot_be_split():
     with pytest.raises(DescError, match="at least 3"):
-        split(some(2))
+        split(make_dialogues(2))
 
 
 def test_split_file(tmp_path):
     path = tmp_path / "split.json"
     path.write_text('{"train": [4, 0], "valid": [2], "test": [1]}')
-    assert ids(split(some(5), path)) == {"train": [4, 0], "valid": [2], "test": [1]}
+    assert ids_of(split(make_dialogues(5), path)) == {"train": [4, 0], "valid": [2], "test": [1]}
 
 
 BAD_SPLITS = {
@@ -479,18 +475,18 @@ BAD_SPLITS = {
 def test_bad_split_files(tmp_path, text, clues):
     path = tmp_path / "split.json"
     path.write_text(text)
-    refusal(path, lambda: split(some(5), path), *clues)
+    assert_refused(path, lambda: split(make_dialogues(5), path), *clues)
 
 
 # --- another taxonomy -----------------------------------------------------------------------------
-# ------------------------------
 
 
 def test_a_taxonomy_of_ones_own(tmp_path):
-    listed = tmp_path / "strategies.txt"
-    listed.write_text("Open  question\n\n  Reflect \nAffirm", encoding="utf-8")
-    own = read_strategies(listed)
-    assert own == Strategies(("Open question", "Reflect", "Affirm")) and own.index("Affirm") == 2
+    path = tmp_path / "strategies.txt"
+    path.write_text("Open  question\n\n  Reflect \nAffirm", encoding="utf-8")
+    own = read_strategies(path)
+    assert own == Strategies(("Open question", "Reflect", "Affirm"))
+    assert own.index("Affirm") == 2
     assert read_strategies(None) is ESCONV
 
     data = tmp_path / "dialogues.json"
@@ -498,7 +494,7 @@ def test_a_taxonomy_of_ones_own(tmp_path):
         changed((*SECOND, "annotation", "strategy"), "Reflect").replace(b"Others", b"Affirm")
     )
     assert [d.supporter(0).strategy for d in load_dialogues(data, own)] == ["Reflect", "Affirm"]
-    refusal(data, lambda: load_dialogues(data), "dialogue 0, utterance 1", "'Reflect'")
+    assert_refused(data, lambda: load_dialogues(data), "dialogue 0, utterance 1", "'Reflect'")
 
 
 @pytest.mark.parametrize(
@@ -516,9 +512,9 @@ def test_a_taxonomy_of_ones_own(tmp_path):
 def test_bad_taxonomies(tmp_path, data):
     path = tmp_path / "strategies.txt"
     path.write_bytes(data)
-    refusal(path, lambda: read_strategies(path))
+    assert_refused(path, lambda: read_strategies(path))
 
 
 def test_missing_taxonomy(tmp_path):
-    refusal("no.txt", lambda: read_strategies(tmp_path / "no.txt"))
-    refusal(tmp_path, lambda: read_strategies(tmp_path))
+    assert_refused("no.txt", lambda: read_strategies(tmp_path / "no.txt"))
+    assert_refused(tmp_path, lambda: read_strategies(tmp_path))

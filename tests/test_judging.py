@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from desc import DescError, cli
+from desc import DescError, flags
 from desc.encoding import encode, encode_prompt
 from desc.esconv import Dialogue, Turn
 from desc.judging.annotator import (
@@ -16,13 +16,13 @@ from desc.judging.annotator import (
     EndpointAnnotator,
     LocalAnnotator,
     build_annotator_messages,
+    read_annotation,
     read_guide,
-    read_judgement,
 )
 from desc.judging.endpoint import Endpoint
 from desc.judging.judge import RUBRICS, Opinion, build_judge_messages, contest, make_judge, rate
 from desc.lora import add_adapter, lora_layers
-from desc.mining import LABELS, UNREADABLE, Case, Judgement
+from desc.mining import LABELS, UNREADABLE, Annotation, Case
 
 CASE = Case((Turn("seeker", "I lost my job."),), "Question", "What was it?")
 HOSTILE = [
@@ -84,17 +84,17 @@ def test_an_utterance_is_data(text, toy):
     [
         (
             '{"error": "none", "explanation": "Fits.", "confidence": 0.9}',
-            Judgement("none", 0.9, "Fits."),
+            Annotation("none", 0.9, "Fits."),
         ),
-        ('Sure!\n```json\n{"error": "Lack of Empathy"}\n```', Judgement("lack of empathy", 1.0)),
-        ("template response.", Judgement("template response", 1.0)),
-        ('{"error": "none", "confidence": 7}', Judgement("none", 1.0)),
-        ('{"error": "none", "confidence": 0.9}\nNote: {ok}', Judgement("none", 0.9)),
-        *((text, Judgement(UNREADABLE, 0.0, text)) for text in NOT_JUDGEMENTS),
+        ('Sure!\n```json\n{"error": "Lack of Empathy"}\n```', Annotation("lack of empathy", 1.0)),
+        ("template response.", Annotation("template response", 1.0)),
+        ('{"error": "none", "confidence": 7}', Annotation("none", 1.0)),
+        ('{"error": "none", "confidence": 0.9}\nNote: {ok}', Annotation("none", 0.9)),
+        *((text, Annotation(UNREADABLE, 0.0, text)) for text in NOT_JUDGEMENTS),
     ],
 )
 def test_read_judgement(text, expected):
-    assert read_judgement(text) == expected
+    assert read_annotation(text) == expected
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def test_a_local_judgement_is_the_likeliest_label_of_each_case_alone(toy):
     model, tokenizer = toy
     longer = (*CASE.history, Turn("supporter", "Oh.", "Others"), Turn("seeker", "Yes."))
     cases = [CASE, Case(longer, "Others", "I see.")]
-    config = cli.DataConfig(max_length=4096, max_tokens=4096)
+    config = flags.DataConfig(max_length=4096, max_tokens=4096)
     for case, judgement in zip(cases, LocalAnnotator(model, tokenizer, config)(cases)):
         logps = []
         item = encode(tokenizer, "", "", build_annotator_messages(case), LABELS, 4096)
@@ -200,7 +200,7 @@ def test_judgements_of_an_endpoint_keep_their_order_and_do_without_a_schema(serv
     server.script = [answer]
     cases = [Case(CASE.history, "Question", f"Number {i % 6}") for i in range(20)]
     judgements = EndpointAnnotator(Endpoint(server.url, "m", concurrency=4))(cases)
-    assert judgements == [Judgement(LABELS[i % 6], 0.5, str(i % 6)) for i in range(20)]
+    assert judgements == [Annotation(LABELS[i % 6], 0.5, str(i % 6)) for i in range(20)]
     bodies = [body for _, body in server.calls]
     asked = {json.dumps(body["messages"]) for body in bodies}
     assert asked == {json.dumps(build_annotator_messages(case, BY_JSON)) for case in cases}
@@ -302,7 +302,7 @@ def test_the_answer_of_a_judge_behind_an_endpoint_is_read(server, text, shares):
 
 def test_the_local_judge_is_the_base_model(toy):
     """With an adapter beside it, its opinions are those that it has without."""
-    config = cli.DataConfig(max_length=4096, max_tokens=4096)
+    config = flags.DataConfig(max_length=4096, max_tokens=4096)
     config.judge = "local"
     model, tokenizer = deepcopy(toy[0]), toy[1]
     judge = make_judge(config, model, tokenizer, None)

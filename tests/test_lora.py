@@ -1,21 +1,22 @@
-"""LoRA: by hand, switched off, stacked, merged, saved; PEFT as the oracle; everything that does not
+"""LoRA adapters: by hand, switched off, stacked, merged and saved. PEFT is the oracle. What does not
 fit is refused.
 
     pytest tests/test_lora.py -q
 
-By hand. A layer of two inputs and two outputs with one adapter of rank 2, alpha 1, so alpha / r =
-0.5:
+By hand: a layer of two inputs and two outputs has one adapter of rank 2 with alpha 1. So alpha / r
+is 0.5.
 
     W = [1 2]   A = [1 -1]   B = [1 0]   x = [1]
         [3 4]       [0  2]       [2 1]       [1]
 
     W x = [3 7],   A x = [0 2],   B A x = [0 2],   y = W x + 0.5 B A x = [3 8]
-    B A = [1 -1; 2 0],   W + 0.5 B A = [1.5 1.5; 4 4],   which takes x to [3 8] as well
+    B A = [1 -1; 2 0],   W + 0.5 B A = [1.5 1.5; 4 4],   (W + 0.5 B A) x = [3 8] as well
 
-Rounded once. bf16 has 8 significant bits: above 1 its numbers lie 2^-7 apart, and 1 + 2^-8,
-half-way, rounds to the even 1. A weight of 1 and adapters that add 0.75 · 2^-8 and (0.25 + 2^-10) ·
-2^-8, together a little more than half-way, make 1 + 2^-7. It would stay 1 if it were rounded after
-each adapter, and also if their sum were rounded to bf16, to 2^-8, before it is added."""
+Rounded once: bf16 has 8 significant bits, so above 1 its numbers are 2^-7 apart. 1 + 2^-8 is
+half-way between two of them, and rounds to 1, the even one. The weight is 1. One adapter adds
+0.75 · 2^-8 and the other (0.25 + 2^-10) · 2^-8, which is a little more than half-way together. So
+the merged weight is 1 + 2^-7. It would stay 1 if it were rounded after each adapter. It would also
+stay 1 if the sum of the adapters were rounded to bf16, which gives 2^-8, before it is added."""
 
 import json
 from copy import deepcopy
@@ -60,7 +61,7 @@ def logits(model):
 
 
 def add_random(model, name, rank=4, alpha=6.0, targets=TARGETS):
-    """An adapter that does something: B random too."""
+    """Add an adapter that is not 0, because B is random too."""
     add_adapter(model, name, rank, alpha, targets=targets)
     torch.manual_seed(len(name) + rank)
     for layer in lora_layers(model).values():
@@ -68,12 +69,11 @@ def add_random(model, name, rank=4, alpha=6.0, targets=TARGETS):
             nn.init.normal_(layer.adapters[name].B, std=0.1)
 
 
-def apart(a, b):
+def distance(a, b):
     return (a - b).abs().max().item()
 
 
 # --- by hand --------------------------------------------------------------------------------------
-# ------------------------------
 
 
 def by_hand():
@@ -109,10 +109,8 @@ def test_merging_rounds_once():
         model["q_proj"].adapters[name].A.data.fill_(a)
         model["q_proj"].adapters[name].B.data.fill_(2**-8)
     merge_adapters(model)
-    assert (
-        model["q_proj"].weight.dtype == torch.bfloat16
-        and model["q_proj"].weight.item() == 1 + 2**-7
-    )
+    assert model["q_proj"].weight.dtype == torch.bfloat16
+    assert model["q_proj"].weight.item() == 1 + 2**-7
 
 
 def test_biases_stay():
@@ -126,7 +124,6 @@ def test_biases_stay():
 
 
 # --- beside the model -----------------------------------------------------------------------------
-# ------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,19 +137,19 @@ def test_a_fresh_adapter_changes_nothing(model, dtype):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_an_adapter_off_is_an_adapter_away(model, trained):
+def test_an_adapter_that_is_off_changes_nothing(model, trained):
     base = logits(model)
     add_random(model, "sft")
     with_sft = logits(model)
     add_random(model, "dpo", rank=3, alpha=2)
     model.requires_grad_(trained)
     both = logits(model)
-    assert apart(base, with_sft) > 0.01 and apart(with_sft, both) > 0.01
+    assert distance(base, with_sft) > 0.01 and distance(with_sft, both) > 0.01
     with adapter_off(model, "dpo"):
         assert torch.equal(logits(model), with_sft)
         with adapter_off(model, "sft"):
             assert torch.equal(logits(model), base)
-        with adapter_off(model, "dpo"):  # off already: leaving must not switch it on
+        with adapter_off(model, "dpo"):  # It was off before, so it stays off.
             pass
         assert torch.equal(logits(model), with_sft)
     assert torch.equal(logits(model), both)
@@ -193,14 +190,14 @@ def test_the_names_of_the_models_own_weights_stay(model):
 
 
 def test_dropout_follows_the_model(model):
-    """load() gives a model in eval mode; an adapter added to it is not the one part that draws at
-    random."""
+    """load() gives a model in eval mode. An adapter that is added to it must not use dropout
+    either."""
     add_adapter(model, "sft", dropout=0.5)
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.adapters["sft"].B, std=0.1)
     assert not model.training and torch.equal(logits(model), logits(model))
     model.train()
-    assert apart(logits(model), logits(model)) > 0.01
+    assert distance(logits(model), logits(model)) > 0.01
     model.eval()
     assert torch.equal(logits(model), logits(model))
 
@@ -217,7 +214,6 @@ def test_unknown_targets_are_refused(model):
 
 
 # --- on disk --------------------------------------------------------------------------------------
-# ------------------------------
 
 
 def test_saved_and_loaded_to_the_bit(model, toy, tmp_path):
@@ -227,15 +223,14 @@ def test_saved_and_loaded_to_the_bit(model, toy, tmp_path):
     again = deepcopy(toy[0])
     base = logits(again)
     load_adapter(again, tmp_path, "other name")
-    assert torch.equal(logits(again), logits(model)) and apart(logits(again), base) > 0.01
+    assert torch.equal(logits(again), logits(model))
+    assert distance(logits(again), base) > 0.01
     assert not any(p.requires_grad for p in again.parameters())
     for name, layer in lora_layers(again).items():
         ours, theirs = layer.adapters["other name"], lora_layers(model)[name].adapters["sft"]
-        assert (
-            torch.equal(ours.A, theirs.A)
-            and torch.equal(ours.B, theirs.B)
-            and ours.scale == theirs.scale == 1.5
-        )
+        assert torch.equal(ours.A, theirs.A)
+        assert torch.equal(ours.B, theirs.B)
+        assert ours.scale == theirs.scale == 1.5
 
 
 def test_loaded_to_train_on(model, toy, tmp_path):
@@ -244,14 +239,12 @@ def test_loaded_to_train_on(model, toy, tmp_path):
     again = deepcopy(toy[0])
     load_adapter(again, tmp_path, "sft", trainable=True)
     trained = {n for n, p in again.named_parameters() if p.requires_grad}
-    assert (
-        trained == {n for n in again.state_dict() if ".adapters." in n}
-        and len(trained) == 2 * 2 * 2
-    )
+    assert trained == {n for n in again.state_dict() if ".adapters." in n}
+    assert len(trained) == 2 * 2 * 2
 
 
 def test_two_adapters_are_exported_as_one(model, toy, tmp_path):
-    """sft: rank 4, scale 6/4; dpo: rank 3, scale 2/3; the export has rank 7."""
+    """sft has rank 4 and scale 6/4, and dpo has rank 3 and scale 2/3. The export has rank 7."""
     add_random(model, "sft", rank=4, alpha=6)
     add_random(model, "dpo", rank=3, alpha=2)
     save_adapter(model, tmp_path)
@@ -265,7 +258,7 @@ def test_two_adapters_are_exported_as_one(model, toy, tmp_path):
 
 
 def test_two_adapters_on_different_layers_are_exported_as_one(model, toy, tmp_path):
-    """As after DPO on top of an adapter that PEFT trained on q_proj and v_proj alone."""
+    """This happens after DPO on an adapter that PEFT trained on q_proj and v_proj alone."""
     add_random(model, "sft", rank=4, alpha=6, targets=("q_proj", "v_proj"))
     add_random(model, "dpo", rank=3, alpha=2)
     save_adapter(model, tmp_path)
@@ -297,7 +290,7 @@ def test_peft_loads_what_we_write(model, tmp_path):
     ids=lambda which: " ".join(which),
 )
 def test_we_load_what_peft_writes(model, tmp_path, which):
-    """All the ways in which PEFT lets one name layers."""
+    """The settings are all the ways in which PEFT can name layers."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1, "init_lora_weights": False, **which}
@@ -305,12 +298,11 @@ def test_we_load_what_peft_writes(model, tmp_path, which):
     theirs.save_pretrained(tmp_path)
     base = logits(model)
     load_adapter(model, tmp_path, "sft")
-    assert apart(logits(model), base) > 0.001
+    assert distance(logits(model), base) > 0.001
     torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=0)
 
 
 # --- refused --------------------------------------------------------------------------------------
-# ------------------------------
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 Q1 = Q0.replace("layers.0", "layers.1")
@@ -336,7 +328,7 @@ REFUSED = {
     "trained biases": (edit_config(bias="lora_only"), "bias"),
     "modules_to_save": (edit_config(modules_to_save=["lm_head"]), "modules_to_save"),
     "pissa, which changes the base": (edit_config(init_lora_weights="pissa"), "init_lora_weights"),
-    "active from some token on": (
+    "active only after some token": (
         edit_config(alora_invocation_tokens=[5]),
         "alora_invocation_tokens",
     ),
@@ -356,19 +348,19 @@ REFUSED = {
         lambda c, t: (c, renamed(t, "model.layers", "transformer.h")),
         "transformer.h",
     ),
-    "one layer more": (lambda c, t: (c, renamed(t, "layers.1", "layers.2")), "layers.2"),
+    "a layer too many": (lambda c, t: (c, renamed(t, "layers.1", "layers.2")), "layers.2"),
     "another kind of layer": (
         lambda c, t: (c, renamed(t, "self_attn.q_proj", "input_layernorm")),
         "input_layernorm",
     ),
     "half an adapter": (lambda c, t: (c, without(t, Q1 + "B.weight")), "layers.1.self_attn.q_proj"),
-    "one layer less": (lambda c, t: (c, without(t, Q1 + "A.weight", Q1 + "B.weight")), "q_proj"),
-    "one target less": (
+    "a layer too few": (lambda c, t: (c, without(t, Q1 + "A.weight", Q1 + "B.weight")), "q_proj"),
+    "a target too few": (
         lambda c, t: (c, {k: v for k, v in t.items() if "q_proj" not in k}),
         "q_proj",
     ),
     "no weights": (lambda c, t: (c, {}), "no weights"),
-    "a weight besides": (
+    "another weight": (
         lambda c, t: (c, t | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}),
         "lm_head",
     ),
@@ -377,7 +369,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("edit, clue", REFUSED.values(), ids=REFUSED)
 def test_adapters_that_do_not_fit_are_refused(model, toy, tmp_path, edit, clue):
-    """… in one line that names the folder, and the model is as it was."""
+    """The message is one line that names the folder, and the model does not change."""
     add_random(model, "sft")
     save_adapter(model, tmp_path)
     config, tensors = edit(
@@ -385,18 +377,17 @@ def test_adapters_that_do_not_fit_are_refused(model, toy, tmp_path, edit, clue):
     )
     (tmp_path / CONFIG).write_text(json.dumps(config))
     save_file(tensors, tmp_path / WEIGHTS)
-    refused(toy, tmp_path, clue)
+    assert_refused(toy, tmp_path, clue)
 
 
-def refused(toy, folder, clue=""):
+def assert_refused(toy, folder, clue=""):
     again = deepcopy(toy[0])
     with pytest.raises(DescError) as error:
         load_adapter(again, folder, "sft")
-    assert (
-        str(folder) in str(error.value)
-        and clue in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    message = str(error.value)
+    assert str(folder) in message
+    assert clue in message
+    assert "\n" not in message
     assert not lora_layers(again)
 
 
@@ -412,4 +403,4 @@ def test_broken_files_are_refused(model, toy, tmp_path, name, damage):
     elif damage != "missing":
         broken = {"empty": b"", "cut off": data[: len(data) // 2], "zeros": bytes(len(data))}
         (tmp_path / name).write_bytes(broken[damage])
-    refused(toy, tmp_path)
+    assert_refused(toy, tmp_path)

@@ -1,23 +1,23 @@
-"""The losses: numbers worked by hand, F.cross_entropy and TRL as oracles.
+"""The losses: checked against numbers worked by hand, F.cross_entropy and TRL.
 
     pytest tests/test_losses.py -q
 
-DPO by hand, beta 0.5, two pairs; σ(1.5) = 0.817574, σ(-1.5) = 0.182426:
+DPO by hand: there are two pairs, and beta is 0.5. σ(1.5) = 0.817574 and σ(-1.5) = 0.182426.
 
     log π of    log π_ref of  r = 0.5 (log π − log π_ref)        margin     loss
     y_w   y_l   y_w   y_l     r_w             r_l                r_w − r_l  − log σ(margin)
     -10   -14   -12   -13     0.5 ·  2 =  1   0.5 · -1 = -0.5     1.5       ln(1 + e^-1.5) = 0.20141
     -20   -15   -18   -16     0.5 · -2 = -1   0.5 ·  1 =  0.5    -1.5       ln(1 + e^1.5)  = 1.70141
 
-Gradient of the sum by log π(y_w): − beta σ(−margin), so −0.5 · 0.182426 = −0.091213 and −0.5 ·
-0.817574 = −0.408787; by log π(y_l) the opposite: the worse a pair is ordered, the harder it is
-pushed.
+The gradient of the sum by log π(y_w) is − beta σ(−margin), so it is −0.5 · 0.182426 = −0.091213 and
+−0.5 · 0.817574 = −0.408787. By log π(y_l) it is the opposite. The pair with the lower margin has the
+larger gradient.
 
-Label smoothing 0.1: 0.9 · 0.201413 + 0.1 · 1.701413 = 0.351413 and 0.9 · 1.701413 + 0.1 · 0.201413
-= 1.551413.
+With label smoothing 0.1 the losses are 0.9 · 0.201413 + 0.1 · 1.701413 = 0.351413 and 0.9 · 1.701413
++ 0.1 · 0.201413 = 1.551413.
 
-SFT by hand: sequences of 2 and 3 tokens with log-probabilities −3 and −7 cost (3 + 7) / 5 = 2 a
-token."""
+SFT by hand: sequences of 2 and 3 tokens have the log-probabilities −3 and −7. The loss per token is
+(3 + 7) / 5 = 2."""
 
 import math
 from copy import deepcopy
@@ -47,7 +47,6 @@ def close(tensor, expected, **tolerance):
 
 
 # --- SFT ------------------------------------------------------------------------------------------
-# ------------------------------
 
 
 def test_sft_by_hand():
@@ -64,7 +63,7 @@ def sft_items(tokenizer, dialogues):
 
 @torch.no_grad()
 def test_sft_is_the_cross_entropy_of_all_completion_tokens(toy, sample):
-    """… of which longer completions have more: a mean over tokens, no mean over sequences."""
+    """It is a mean over tokens and not over sequences, so longer completions count for more."""
     model, tokenizer = toy
     items = sft_items(tokenizer, sample[:2])
     logits, targets = [], []
@@ -87,7 +86,7 @@ def test_micro_batches_add_up_to_the_batch(toy, sample):
     tokens = len(whole.targets)
     batches = pack(items, "dialogue", 300)
     parts = [sft_loss(sequence_logps(toy[0], forest), tokens) for _, forest in batches]
-    # unequal, where a mean of means goes wrong
+    # The sizes differ, so a mean of means would be wrong.
     assert len({len(forest.targets) for _, forest in batches}) > 1
     torch.testing.assert_close(
         sum(parts), sft_loss(sequence_logps(toy[0], whole), tokens), atol=1e-5, rtol=0
@@ -95,7 +94,6 @@ def test_micro_batches_add_up_to_the_batch(toy, sample):
 
 
 # --- DPO ------------------------------------------------------------------------------------------
-# ------------------------------
 
 
 def test_dpo_by_hand():
@@ -128,7 +126,7 @@ def test_dpo_pushes_chosen_up_and_rejected_down():
 
 
 def test_dpo_stays_finite_where_the_margin_is_huge():
-    """− log σ(±1000 · 0.5): 0 and 500, not ln 0."""
+    """− log σ(±1000 · 0.5) is 0 and 500. log of a σ that is rounded to 0 would be infinite."""
     far = torch.tensor([1000.0, -1000.0], requires_grad=True)
     losses, *_ = dpo_loss(far, *torch.zeros(3, 2), beta=0.5)
     losses.sum().backward()
@@ -137,14 +135,13 @@ def test_dpo_stays_finite_where_the_margin_is_huge():
 
 
 # --- TRL ------------------------------------------------------------------------------------------
-# ------------------------------
 
 
 def test_dpo_equals_trl(toy, sample, tmp_path):
-    """From messages to loss and gradients: TRL's tokenisation, padded batch and loss; our encoding,
-    tree and loss.
+    """TRL goes from messages to loss and gradients by its tokenisation, padded batch and loss. We do
+    so by our encoding, tree and loss.
 
-    The same adapter, the base as reference, all pairs in one batch."""
+    Both have the same adapter, the base as reference and all pairs in one batch."""
     trl = pytest.importorskip("trl")
     peft = pytest.importorskip("peft")
     from datasets import Dataset

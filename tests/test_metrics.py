@@ -1,6 +1,6 @@
 """pytest tests/test_metrics.py
 
-Each figure is checked against one worked by hand, a second implementation written here, or
+Each number is checked against one worked by hand, a second implementation in this file,
 scikit-learn or SciPy."""
 
 import random
@@ -28,13 +28,13 @@ from desc.strategies import ESCONV, Strategies
 
 
 def random_counts(seed: int, strategies: int = 8) -> np.ndarray:
-    """(K, K) counts, none of them 0, so that Bradley-Terry strengths exist and 20 sweeps find
+    """(K, K) counts. None of them is 0, so Bradley-Terry strengths exist and 20 sweeps reach
     them."""
     return np.random.default_rng(seed).integers(1, 60, (strategies, strategies)).astype(float)
 
 
 def random_names(seed: int, turns: int = 300) -> tuple[list[str], list[str]]:
-    """(gold, predicted); "Others" never comes up in either, and one strategy is predicted only."""
+    """(gold, predicted). "Others" is in neither, and one strategy is only in predicted."""
     rng = random.Random(seed)
     return rng.choices(ESCONV[:6], k=turns), rng.choices(ESCONV[:7], k=turns)
 
@@ -48,7 +48,7 @@ def test_confusion_has_rows_predicted_and_columns_gold():
 
 
 def test_bias_of_two_strategies_by_hand():
-    """w_ab = 6 (a is predicted and gold is b) and w_ba = 2, so p_a / p_b = w_ab / w_ba = 3. With
+    """w_ab = 6 (a is predicted and gold is b) and w_ba = 2, so p_a / p_b = w_ab / w_ba = 3. Because
     p_a + p_b = 2, p = (1.5, 0.5).
 
     The mean is 1, so B = √((0.5² + 0.5²) / 2) = 0.5. The five right predictions do not matter."""
@@ -60,11 +60,11 @@ def test_bias_of_two_strategies_by_hand():
 
 
 def test_bias_of_three_strategies_by_hand():
-    """Strengths 4 : 2 : 1 are exact: w_ij / w_ji = p_i / p_j for every pair, w_01 / w_10 = 2, w_02
-    / w_20 = 4, w_12 / w_21 = 2.
+    """The strengths 4 : 2 : 1 are exact, because w_ij / w_ji = p_i / p_j for every pair: w_01 / w_10
+    = 2, w_02 / w_20 = 4, w_12 / w_21 = 2.
 
-    Scaled to a sum of 3: p = (12, 6, 3) / 7. Deviations from 1: (5, -1, -4) / 7, so B = √((25 + 1 +
-    16) / 49 / 3) = √(2 / 7)."""
+    Scaled to a sum of 3, p = (12, 6, 3) / 7. The deviations from 1 are (5, -1, -4) / 7, so B =
+    √((25 + 1 + 16) / 49 / 3) = √(2 / 7)."""
     result = bias_of_confusion(np.array([[9.0, 20, 8], [10, 9, 6], [2, 3, 9]]))
     assert result.preferences == pytest.approx(np.array([12, 6, 3]) / 7)
     assert result.bias == pytest.approx(sqrt(2 / 7))
@@ -75,14 +75,15 @@ def test_bias_of_three_strategies_by_hand():
     [np.full((8, 8), 7.0), random_counts(0) + random_counts(0).T, np.zeros((8, 8)), np.eye(8) * 5],
 )
 def test_symmetric_errors_have_no_bias(counts):
-    """w_ij = w_ji gives p_i = p_j for every pair; this includes no turns, and no errors."""
+    """w_ij = w_ji gives p_i = p_j for every pair. This also holds without turns and without
+    errors."""
     result = bias_of_confusion(counts)
     assert result.bias == pytest.approx(0, abs=1e-9)
     assert result.preferences == pytest.approx(np.ones(8))
 
 
 def bias_in_plain_python(counts: list[list[float]], sweeps: int = 20) -> tuple[float, list[float]]:
-    """(B, p) by the formula as shared/paper.md states it, without any guard."""
+    """(B, p) by the formula as the paper states it, without any special cases."""
     size = len(counts)
     p = [1.0] * size
     for _ in range(sweeps):
@@ -126,8 +127,8 @@ def test_strengths_satisfy_the_bradley_terry_equations():
 
 
 def test_strategy_never_predicted_wrongly_gets_zero():
-    """It never wins, so its strength is 0; the other two have p_1 / p_2 = w_12 / w_21 = 3 and a sum
-    of 3: (0, 2.25, 0.75)."""
+    """It never wins, so its strength is 0. The other two have p_1 / p_2 = w_12 / w_21 = 3 and a sum
+    of 3. So p = (0, 2.25, 0.75)."""
     result = bias_of_confusion(np.array([[4.0, 0, 0], [3, 0, 6], [1, 2, 0]]))
     assert result.preferences == pytest.approx([0, 2.25, 0.75])
 
@@ -137,16 +138,16 @@ def test_strategy_never_missed_stays_finite_and_on_top(right):
     """It never loses, so its maximum-likelihood strength is infinite. If `right` is 0, it is absent
     from gold.
 
-    It keeps its p while the others fall, sweep after sweep. So p is near the limit (3, 0, 0), whose
-    B is √2, but finite."""
+    In each sweep it keeps its p while the others fall. So p is finite and near its limit (3, 0, 0),
+    whose B is √2."""
     result = bias_of_confusion(np.array([[right, 5, 5], [0, 0, 4], [0, 4, 0]]))
     assert 2.9 < result.preferences[0] < 3
     assert 1.3 < result.bias < sqrt(2)
 
 
 def test_strategy_in_no_error_stays_finite():
-    """Absent from gold and predictions, it has no strength of its own: it keeps its p. The others'
-    ratio is w_12 / w_21 = 3."""
+    """It is absent from gold and predictions, so nothing determines its strength, and it keeps its
+    p. The others' ratio is w_12 / w_21 = 3."""
     result = bias_of_confusion(np.array([[0.0, 0, 0], [0, 0, 6], [0, 2, 0]]))
     assert np.isfinite(result.preferences).all() and result.preferences[0] > 0
     assert result.preferences[1] / result.preferences[2] == pytest.approx(3)
@@ -154,9 +155,9 @@ def test_strategy_in_no_error_stays_finite():
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0)])
 def test_a_strategy_in_no_error_is_neither_preferred_nor_avoided(order):
-    """Strategy 0 is in no error: p = 1. Of 1 and 2, w_12 = 6 and w_21 = 2, so p_1 / p_2 = 3, which
-    sum to 2: 1.5 and 0.5. B = √((0 + 0.25 + 0.25) / 3) = 0.4082, however the strategies are
-    ordered."""
+    """Strategy 0 is in no error, so p_0 = 1. w_12 = 6 and w_21 = 2, so p_1 / p_2 = 3. p_1 and p_2
+    sum to 2, so they are 1.5 and 0.5. B = √((0 + 0.25 + 0.25) / 3) = 0.4082 in every order of the
+    strategies."""
     counts = np.array([[4.0, 0, 0], [0, 0, 6], [0, 2, 0]])[np.ix_(order, order)]
     expected = np.array([1, 1.5, 0.5])[list(order)]
     result = bias_of_confusion(counts)
@@ -165,8 +166,8 @@ def test_a_strategy_in_no_error_is_neither_preferred_nor_avoided(order):
 
 
 def test_errors_all_one_way():
-    """0 is taken for 1 and 2, and 1 for 2, never the other way about: 0 has all the strength, B =
-    √((2² + 1 + 1) / 3) = √2."""
+    """0 is predicted for 1 and 2, and 1 for 2, and never the reverse. So 0 has all the strength, and
+    B = √((2² + 1 + 1) / 3) = √2."""
     result = bias_of_confusion(np.array([[0.0, 3, 3], [0, 0, 3], [0, 0, 0]]))
     assert result.preferences == pytest.approx([3, 0, 0])
     assert result.bias == pytest.approx(sqrt(2))
@@ -181,7 +182,7 @@ def test_sparse_counts_stay_finite(seed):
         result = bias_of_confusion(counts)
         assert np.isfinite(result.preferences).all() and (result.preferences >= 0).all()
         assert result.preferences.sum() == pytest.approx(8)
-        # B is at most √(K − 1): then one strategy has all the strength
+        # B is at most √(K − 1), its value if one strategy has all the strength.
         assert 0 <= result.bias <= sqrt(7) + 1e-9
 
 
@@ -222,10 +223,10 @@ def test_strategy_scores_agree_with_scikit_learn(seed):
 
 
 def test_strategy_scores_by_hand():
-    """a: 1 hit, 2 predicted, 1 gold, F1 2/3. b: 1 hit, 1 predicted, 2 gold, F1 2/3. c: none of
-    them, F1 0.
+    """a has 1 hit, 2 predicted, 1 gold and F1 2/3. b has 1 hit, 1 predicted, 2 gold and F1 2/3. c
+    has none of them and F1 0.
 
-    Q = (2/3 + 2/3 + 0) / 3 = 4/9, Q_W = (1 · 2/3 + 2 · 2/3 + 0) / 3 = 2/3."""
+    Q = (2/3 + 2/3 + 0) / 3 = 4/9, and Q_W = (1 · 2/3 + 2 · 2/3 + 0) / 3 = 2/3."""
     scores = strategy_scores(["a", "b", "b"], ["a", "a", "b"], Strategies(("a", "b", "c")))
     assert scores.accuracy == pytest.approx(2 / 3)
     assert scores.macro_f1 == pytest.approx(4 / 9)
@@ -260,8 +261,8 @@ def test_expected_confusion_is_the_average_over_samples():
 
 
 def test_negative_log_likelihood_by_hand():
-    """Gold "a" at 1/2 and gold "b" at 1/8: −(ln 1/2 + ln 1/8) / 2 = (ln 2 + 3 ln 2) / 2 = 2 ln
-    2."""
+    """Gold "a" has probability 1/2 and gold "b" 1/8. So the result is −(ln 1/2 + ln 1/8) / 2 =
+    (ln 2 + 3 ln 2) / 2 = 2 ln 2."""
     logps = np.log([[1 / 2, 1 / 2], [7 / 8, 1 / 8]])
     nll = negative_log_likelihood(logps, ["a", "b"], Strategies(("a", "b")))
     assert nll == pytest.approx(2 * log(2))
@@ -296,8 +297,8 @@ def test_bootstrap_interval_contains_the_estimate():
 
 
 def test_bootstrap_interval_is_as_wide_as_theory_says():
-    """The mean of n dialogues' accuracies has a standard error of sd / √n, so the interval is about
-    2 · 1.96 of those wide."""
+    """The mean of n dialogues' accuracies has a standard error of sd / √n. The interval is about
+    2 · 1.96 standard errors wide."""
     groups = random_dialogues(1, 100)
     standard_error = np.std([accuracy(group) for group in groups]) / sqrt(100)
     low, high = accuracy_interval(groups, samples=4000)
@@ -322,8 +323,8 @@ def test_bootstrap_repeats_with_its_seed():
 
 
 def test_a_paired_difference_has_the_interval_of_the_differences():
-    """The second system is right once more in every dialogue of ten turns. So the difference is 0.1
-    in every resample, however much each accuracy varies."""
+    """In every dialogue of ten turns the second system is right in one turn more than the first. So
+    the difference is 0.1 in every resample, although each accuracy varies."""
     rng = np.random.default_rng(0)
     first = [np.array([[n, 0], [10 - n, 0]]) for n in rng.integers(0, 10, 40)]
     second = [counts + [[1, 0], [-1, 0]] for counts in first]
@@ -342,19 +343,19 @@ def test_leading_dimensions_give_what_each_matrix_gives_alone():
     kappa = kappa_of_confusion(counts)
     assert bias.bias.shape == kappa.shape == (5, 8)
     assert bias.preferences.shape == (5, 8, 8)
-    for at in np.ndindex(5, 8):
-        alone = bias_of_confusion(counts[at])
-        assert bias.preferences[at] == pytest.approx(alone.preferences, rel=1e-12)
-        assert bias.bias[at] == pytest.approx(alone.bias)
-        assert scores.macro_f1[at] == pytest.approx(scores_of_confusion(counts[at]).macro_f1)
-        assert kappa[at] == pytest.approx(kappa_of_confusion(counts[at]))
+    for index in np.ndindex(5, 8):
+        alone = bias_of_confusion(counts[index])
+        assert bias.preferences[index] == pytest.approx(alone.preferences, rel=1e-12)
+        assert bias.bias[index] == pytest.approx(alone.bias)
+        assert scores.macro_f1[index] == pytest.approx(scores_of_confusion(counts[index]).macro_f1)
+        assert kappa[index] == pytest.approx(kappa_of_confusion(counts[index]))
 
 
 # Calibration
 
 
 def random_planner(seed: int, turns: int) -> tuple[np.ndarray, list[str]]:
-    """(log-probabilities (T, 8), gold names (T)); they know nothing of each other."""
+    """(log-probabilities (T, 8), gold names (T)). They are independent of each other."""
     rng = np.random.default_rng(seed)
     logps = np.log(rng.dirichlet(np.full(8, 0.5), turns))
     return logps, [ESCONV[i] for i in rng.integers(0, 8, turns)]
@@ -370,8 +371,8 @@ def test_top_hits_against_scikit_learn(k):
 
 
 def test_calibration_error_by_hand():
-    """Two turns at 0.8, one of them right, and two at 0.6, both right: |2 · 0.8 − 1| + |2 · 0.6 −
-    2| = 0.6 + 0.8, divided by 4 turns 0.35."""
+    """Two turns have confidence 0.8, and one of them is right. Two have 0.6, and both are right. So
+    |2 · 0.8 − 1| + |2 · 0.6 − 2| = 0.6 + 0.8, which is 0.35 per turn."""
     names = Strategies(("a", "b"))
     logps = np.log([[0.8, 0.2], [0.2, 0.8], [0.6, 0.4], [0.4, 0.6]])
     counts = calibration_counts(logps, ["a", "a", "a", "b"], names)
@@ -381,7 +382,7 @@ def test_calibration_error_by_hand():
 
 
 def test_a_calibrated_planner_has_no_calibration_error():
-    """Gold is drawn from the planner's own probabilities. Cubing these makes it too confident."""
+    """Gold is drawn from the planner's own probabilities. Their cubes are too confident."""
     logps, _ = random_planner(7, 20000)
     rng = np.random.default_rng(7)
     gold = [ESCONV[rng.choice(8, p=probabilities)] for probabilities in np.exp(logps)]

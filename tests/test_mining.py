@@ -10,9 +10,9 @@ from desc import DescError
 from desc.esconv import Dialogue, Turn
 from desc.mining import (
     UNREADABLE,
+    Annotation,
     Answer,
     Case,
-    Judgement,
     Pair,
     Routed,
     account,
@@ -31,7 +31,7 @@ PAIR = Pair("sp/7/0", "sp", "7", 0, "Question", "strategy mismatch", PROMPT, "Qu
 
 
 def judged(error, confidence=0.8):
-    return Judgement(error, confidence)
+    return Annotation(error, confidence)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_which_answers_make_a_pair_without_an_annotator(task, strategy, reply, e
 
 
 class Unsure:
-    """A sampler whose planner writes something else at every other turn."""
+    """A sampler whose planner names no strategy at every other turn."""
 
     strategies = ESCONV
 
@@ -66,7 +66,7 @@ class Unsure:
 
 @pytest.mark.parametrize("task", ["sp", "rg", "vanilla"])
 def test_an_answer_that_nobody_judged_makes_no_pair(task):
-    # the generator ended at once
+    # The reply is empty, as if the generator had ended at once.
     (answer,) = annotate(
         None, "paper", Dialogue("7", (Turn("seeker", "Hi"), GOLD)), [Answer(0, "Others", "")]
     )
@@ -82,8 +82,8 @@ def test_what_names_no_strategy_is_kept_and_makes_no_pair(routing, reply):
 
 
 NOT_MINE = "not this module's fault"
-# the annotator's word, and what becomes of it under (paper, all-to-rg, released) for (sp, rg,
-# vanilla)
+# The annotator's error, and what find_error() makes of it: for sp, rg and vanilla under "paper", and
+# for rg under "all-to-rg" and "released".
 TABLE = [
     (
         "strategy mismatch",
@@ -123,29 +123,25 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize("said, sp, rg, vanilla, all_to_rg, released", TABLE)
-def test_the_annotators_word_routes_an_answer(said, sp, rg, vanilla, all_to_rg, released):
-    answer = Answer(0, "Others", "Fine.", judged(said))
+@pytest.mark.parametrize("judgement, sp, rg, vanilla, all_to_rg, released", TABLE)
+def test_the_annotators_error_routes_an_answer(judgement, sp, rg, vanilla, all_to_rg, released):
+    answer = Answer(0, "Others", "Fine.", judged(judgement))
     cases = [("sp", "paper", sp), ("rg", "paper", rg), ("vanilla", "paper", vanilla)]
     cases += [("rg", "all-to-rg", all_to_rg), ("rg", "released", released)]
     for task, routing, expected in cases:
         error, reason = find_error(task, routing, GOLD, answer)
-        assert (error or reason).startswith(expected) and bool(error) is (expected == said)
-    # which asks no annotator
+        assert (error or reason).startswith(expected)
+        assert bool(error) is (expected == judgement)
+    # This case asks no annotator.
     assert find_error("sp", "released", GOLD, answer) == ("strategy mismatch", "")
-    if released == said:
-        assert (
-            find_error("rg", "released", GOLD, replace(answer, human=judged("template response")))[
-                1
-            ]
-            == "no sound human answer"
-        )
-        assert find_error("rg", "released", GOLD, replace(answer, human=judged("none")))[0] == said
-        assert (
-            find_error("rg", "released", GOLD, answer, least_confidence=0.81)[1]
-            == "unsure judgement"
-        )
-        assert find_error("rg", "released", GOLD, answer, least_confidence=0.8)[0] == said
+    if released == judgement:
+        kept, dropped = (judgement, ""), (None, "no sound human answer")
+        after_template = replace(answer, human=judged("template response"))
+        assert find_error("rg", "released", GOLD, after_template) == dropped
+        assert find_error("rg", "released", GOLD, replace(answer, human=judged("none"))) == kept
+        unsure = find_error("rg", "released", GOLD, answer, least_confidence=0.81)
+        assert unsure == (None, "unsure judgement")
+        assert find_error("rg", "released", GOLD, answer, least_confidence=0.8) == kept
 
 
 DIALOGUE = Dialogue(
@@ -178,19 +174,19 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
     ]
     assert dropped == {"repeated": 1, "nothing wrong": 1}
     assert [p.chosen for p in pairs] == ["How are you?", "How are you?", "Oh no."]
-    # the human strategy, which chosen follows
+    # The prompt names the human's strategy, which the chosen reply follows.
     assert "Reflection of feelings" in pairs[2].prompt[0]["content"].rpartition("is: ")[2]
     counts = account("rg", routed, ESCONV)
     assert counts["answers"] == len(pairs) + sum(dropped.values()) == 5
     assert counts["judged"] == {"template response": 3, "none": 1, "lack of empathy": 1}
-    assert (
-        counts["chosen strategies"]["Question"] == 2
-        and counts["rejected strategies"]["Others"] == 3
-        and counts["warnings"] == []
-    )
-    alike = [replace(a, judged=judged("lack of empathy")) for a in answers[:1]] * 20
-    many = account("rg", Routed(alike, pairs[2:] * 20, ["Others"] * 20, Counter()), ESCONV)
-    assert len(many["warnings"]) == 3  # one strategy on both sides, no template response
+    assert counts["chosen strategies"]["Question"] == 2
+    assert counts["rejected strategies"]["Others"] == 3
+    assert counts["warnings"] == []
+    # The warnings are: one strategy is always chosen, one is always rejected, and no pair is a
+    # template response.
+    equal_answers = [replace(answers[0], judged=judged("lack of empathy"))] * 20
+    uniform = Routed(equal_answers, pairs[2:] * 20, ["Others"] * 20, Counter())
+    assert len(account("rg", uniform, ESCONV)["warnings"]) == 3
 
 
 def test_answers_come_back_from_their_records():
@@ -199,10 +195,10 @@ def test_answers_come_back_from_their_records():
 
 
 def test_the_annotator_sees_each_answer_once_and_the_human_one_where_released():
-    seen = []
+    judged_cases = []
 
     def annotator(cases):
-        seen.extend(cases)
+        judged_cases.extend(cases)
         return [
             judged("none" if case.reply in ("How are you?", "Oh no.") else "lack of empathy")
             for case in cases
@@ -214,30 +210,28 @@ def test_the_annotator_sees_each_answer_once_and_the_human_one_where_released():
         Answer(1, None, ""),
         Answer(1, "Question", "So?"),
     ]
-    done = annotate(annotator, "paper", DIALOGUE, answers)
-    assert seen == [
+    annotated = annotate(annotator, "paper", DIALOGUE, answers)
+    assert judged_cases == [
         Case(DIALOGUE.turns[:1], "Others", "Hm."),
         Case(DIALOGUE.turns[:3], "Question", "So?"),
     ]
-    assert [a.judged and a.judged.error for a in done] == [
+    assert [a.judged and a.judged.error for a in annotated] == [
         "lack of empathy",
         "lack of empathy",
         None,
         "lack of empathy",
     ]
-    assert all(a.human is None for a in done)
-    # nothing to judge, nobody asked
+    assert all(a.human is None for a in annotated)
+    # There is nothing to judge, so no annotator is needed.
     assert annotate(None, "paper", DIALOGUE, [Answer(1, None, "")]) == [Answer(1, None, "")]
-    done = annotate(annotator, "released", DIALOGUE, answers)
-    assert (
-        len(seen) == 2 + 4
-        and done[3].human.error == "none"
-        and done[3].judged.error == "lack of empathy"
-    )
+    annotated = annotate(annotator, "released", DIALOGUE, answers)
+    assert len(judged_cases) == 2 + 4
+    assert annotated[3].human.error == "none"
+    assert annotated[3].judged.error == "lack of empathy"
 
 
 def test_pairs_are_trls_conversational_format_and_come_back(tmp_path):
-    # these end a line for str.splitlines
+    # str.splitlines would end a line at these characters.
     other = Pair(**vars(PAIR) | {"id": "sp/7/1", "rejected": "low\u2028tired\u0085"})
     write_lines(tmp_path / "pairs.jsonl", [PAIR.record(), other.record()])
     record = json.loads((tmp_path / "pairs.jsonl").read_text().split("\n")[0])
@@ -248,7 +242,7 @@ def test_pairs_are_trls_conversational_format_and_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lines, says",
+    "lines, message",
     [
         ([], "no pair"),
         (['{"id": "sp/7/0"'], "line 1 is not JSON"),
@@ -260,8 +254,8 @@ def test_pairs_are_trls_conversational_format_and_come_back(tmp_path):
         ([json.dumps(PAIR.record())] * 2, "line 2 has the id 'sp/7/0' of a line before"),
     ],
 )
-def test_bad_pairs_end_in_one_clear_line(tmp_path, lines, says):
+def test_bad_pairs_end_in_one_clear_line(tmp_path, lines, message):
     (tmp_path / "pairs.jsonl").write_text("".join(line + "\n" for line in lines))
-    with pytest.raises(DescError, match=says) as error:
+    with pytest.raises(DescError, match=message) as error:
         read_pairs(tmp_path / "pairs.jsonl", "sp")
     assert "\n" not in str(error.value)

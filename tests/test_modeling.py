@@ -1,6 +1,7 @@
 """pytest tests/test_modeling.py
 
-What a processor multiplies natively, and both names of the argument that takes a cache."""
+The dtypes that a processor multiplies natively, how a run keeps its dtype, and both names of the
+argument that passes a cache."""
 
 import json
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from scripts import ROOT, run
 
-from desc import cli
+from desc import cli, flags
 from desc.modeling import cache_argument, load, native_dtype
 from desc.storage.checkpoint import checkpoint_settings
 from desc.storage.journal import Journal, journal_settings
@@ -20,7 +21,7 @@ X86 = {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False}
 
 
 @pytest.mark.parametrize(
-    "has, level, dtype",
+    "capabilities, level, dtype",
     [
         (X86 | {"amx_bf16": True}, "AVX512", torch.bfloat16),
         (X86 | {"avx512_bf16": True}, "AVX512", torch.bfloat16),
@@ -31,17 +32,17 @@ X86 = {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False}
         ({"architecture": "aarch64", "bf16": False}, "DEFAULT", torch.float32),
     ],
 )
-def test_a_cpu_computes_in_what_it_multiplies_natively(has, level, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+def test_a_cpu_computes_in_what_it_multiplies_natively(capabilities, level, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert native_dtype("cpu") == dtype
 
 
 def test_without_onednn_nothing_uses_bf16_instructions(monkeypatch):
-    """As on a Mac, whose processor has them."""
-    has = {"architecture": "arm64", "bf16": True}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    """A Mac is an example: its processor has such instructions, but PyTorch has no oneDNN there."""
+    capabilities = {"architecture": "arm64", "bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert native_dtype("cpu") == torch.float32
 
@@ -64,7 +65,7 @@ def test_auto_is_replaced_by_what_a_run_was_begun_with(monkeypatch, capsys):
     monkeypatch.setattr(cli, "native_dtype", lambda device: torch.float32)
     printed = []
     for flag, begun in (("auto", {}), ("auto", {"dtype": "bfloat16"}), ("bfloat16", {})):
-        config = cli.Config(dtype=flag)
+        config = flags.Config(dtype=flag)
         cli.choose_dtype(config, torch.device("cpu"), begun)
         printed.append((config.torch_dtype, capsys.readouterr().out))
     assert printed == [
@@ -78,10 +79,11 @@ def test_auto_is_replaced_by_what_a_run_was_begun_with(monkeypatch, capsys):
 
 
 def test_a_run_that_moves_to_another_machine_keeps_its_dtype(tmp_path):
-    """It was begun in the dtype that this machine would not choose, and stopped after one step."""
+    """The run was begun in the dtype that this machine would not choose. It stopped after one
+    step."""
     other = "float32" if native_dtype("cpu") == torch.bfloat16 else "bfloat16"
-    flags = ("--task", "sp", "--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
-    flags += ("--train-dialogues", 3, "--epochs", 2, "--batch-size", 8)
+    options = ("--task", "sp", "--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
+    options += ("--train-dialogues", 3, "--epochs", 2, "--batch-size", 8)
     checkpoints = tmp_path / "sp" / "sft" / "checkpoints"
     assert checkpoint_settings(checkpoints) == {}
     stop_after_one_step = (
@@ -97,11 +99,11 @@ def test_a_run_that_moves_to_another_machine_keeps_its_dtype(tmp_path):
     )
     program = [sys.executable, "-c", stop_after_one_step, str(ROOT / "train_sft.py")]
     begun = subprocess.run(
-        [*program, *map(str, flags), "--dtype", other], capture_output=True, text=True, cwd=ROOT
+        [*program, *map(str, options), "--dtype", other], capture_output=True, text=True, cwd=ROOT
     )
     assert "stopped after step 1" in begun.stdout
     assert checkpoint_settings(checkpoints)["dtype"] == other
-    resumed = run("train_sft.py", *flags)
+    resumed = run("train_sft.py", *options)
     assert f"computes in {other} on cpu, as this run was begun" in resumed
     assert "from step 1 on" in resumed
     config = json.loads((tmp_path / "sp" / "sft" / "config.json").read_text())
@@ -109,13 +111,14 @@ def test_a_run_that_moves_to_another_machine_keeps_its_dtype(tmp_path):
 
 
 def test_answers_on_another_machine_are_not_asked_for_again(tmp_path):
-    """A finished mining run is repeated as it was made, and so nothing is answered anew."""
+    """A finished mining run is repeated in its own dtype, so no answer is made again."""
     other = "float32" if native_dtype("cpu") == torch.bfloat16 else "bfloat16"
-    flags = ("--task", "sp", "--model", "toy", "--out", tmp_path)
-    flags += ("--train-dialogues", 2, "--eval-dialogues", 1)
-    run("mine_preferences.py", *flags, "--dtype", other)
-    again = run("mine_preferences.py", *flags)
-    assert f"computes in {other}" in again and "3 of 3 dialogues are answered already" in again
+    options = ("--task", "sp", "--model", "toy", "--out", tmp_path)
+    options += ("--train-dialogues", 2, "--eval-dialogues", 1)
+    run("mine_preferences.py", *options, "--dtype", other)
+    printed = run("mine_preferences.py", *options)
+    assert f"computes in {other}" in printed
+    assert "3 of 3 dialogues are answered already" in printed
 
 
 def test_a_journal_knows_what_it_was_begun_with(tmp_path):

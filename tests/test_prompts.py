@@ -1,5 +1,5 @@
-"""(task, dialogue, turn) -> messages and completion: exact values, nothing leaks, and the
-taxonomy's parsing.
+"""From (task, dialogue, turn) to messages and completion: the exact values, that the answer never
+leaks, and how strategies are parsed.
 
     pytest tests/test_prompts.py -q
 """
@@ -109,14 +109,14 @@ def test_examples_are_every_turn_with_the_human_answer():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_answer_and_what_follows_never_reach_the_messages(task, sample):
-    """Whatever stands at turn t and later, the messages for turn t are the same; what stands before
-    does matter."""
+    """The messages for turn t do not depend on turn t and what follows. They do depend on what comes
+    before."""
     dialogue = sample[0]
     for turn in range(len(dialogue)):
         gold = build_messages(task, dialogue, turn, "Others")
         other = tuple(
-            replace(turn_now, text="SECRET", strategy=turn_now.strategy and "Information")
-            for turn_now in dialogue.turns
+            replace(original, text="SECRET", strategy=original.strategy and "Information")
+            for original in dialogue.turns
         )
         context = 2 * turn + 1
         assert (
@@ -160,7 +160,7 @@ def test_drop_oldest_leaves_what_a_dialogue_without_its_first_exchanges_would_gi
 
 @pytest.mark.parametrize("task", TASKS)
 def test_drop_oldest_never_cuts_into_a_turn(task):
-    """A seeker may quote a chat: a line of an utterance that begins with "seeker: " is no new
+    """A seeker may quote a chat. So a line in an utterance that begins with "seeker: " is no new
     turn."""
     quoting = Turn("seeker", "He wrote\nseeker: me\nsupporter: him")
     assert (

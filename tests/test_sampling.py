@@ -20,9 +20,11 @@ CONFIG = SimpleNamespace(
 
 
 def test_temper_by_hand():
-    """p = (0.5, 0.3, 0.2). T = 1/2 squares: 0.25, 0.09, 0.04 over 0.38. top_p 0.6 keeps 0.5 and
-    0.3, over 0.8. top_p 0.5 keeps the first: mass before it is 0, before the second 0.5, which is
-    not below 0.5. T = 0 is greedy."""
+    """p = (0.5, 0.3, 0.2) in falling order.
+
+    T = 1/2 squares each p and gives (0.25, 0.09, 0.04) / 0.38. top_p keeps a token if the mass
+    before it is below top_p. So 0.6 keeps 0.5 and 0.3, which gives (0.5, 0.3) / 0.8. 0.5 keeps only
+    the first token, because the mass before the second is 0.5. T = 0 is greedy."""
     logps = torch.tensor([[0.2, 0.5, 0.3]]).log()
     torch.testing.assert_close(temper(logps, 0.5, 1.0), torch.tensor([[0.04, 0.25, 0.09]]) / 0.38)
     torch.testing.assert_close(temper(logps, 1.0, 0.6), torch.tensor([[0.0, 0.625, 0.375]]))
@@ -51,8 +53,8 @@ def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
 
 @pytest.mark.parametrize("kind", ["toy", *(kind for kind in KINDS if "window" in kind)])
 def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
-    """One prompt goes on another, one occurs twice, two part late, one shares nothing, and
-    continuations end at different lengths."""
+    """One prompt continues another, one occurs twice, two differ only near their ends, and one shares
+    nothing. The continuations end at different lengths."""
     model = deepcopy(toy[0]) if kind == "toy" else build(configure(kind))
     prompts = [
         [5, 6, 7, 8],
@@ -62,11 +64,10 @@ def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
         [20, 21],
     ]
 
-    def greedy(stop, most=10):
+    def greedy(stop, max_new_tokens=10):
         model.generation_config.eos_token_id = stop
-        return generate(
-            model, prompts, SimpleNamespace(temperature=0, top_p=1.0, max_new_tokens=most), seed=0
-        )
+        config = SimpleNamespace(temperature=0, top_p=1.0, max_new_tokens=max_new_tokens)
+        return generate(model, prompts, config, seed=0)
 
     alone = []
     for prompt in prompts:
@@ -80,49 +81,25 @@ def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
     stop = alone[1][4]
     cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in alone]
     assert greedy(stop) == cut != alone
-    assert greedy(stop=-1, most=3) == [ids[:3] for ids in alone]
+    assert greedy(stop=-1, max_new_tokens=3) == [ids[:3] for ids in alone]
 
 
 def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
-    """So a resumed mining run draws what an uninterrupted one would have drawn."""
+    """So a resumed mining run draws what an uninterrupted run would have drawn. The global generator
+    stays as it was."""
     model, tokenizer = toy
-    logps = score_strategies(model, tokenizer, "vanilla", sample[:1])
-    planned = draw_strategies(logps, CONFIG, sample[0], ESCONV)
-    first = write_dialogue(
-        model,
-        tokenizer,
-        CONFIG,
-        "rg",
-        sample[0],
-        [(turn, "Question") for turn in range(len(sample[0]))],
-        ESCONV,
-    )
+    dialogue = sample[0]
+
+    def write(config):
+        planned = [(turn, "Question") for turn in range(len(dialogue))]
+        return write_dialogue(model, tokenizer, config, "rg", dialogue, planned, ESCONV)
+
+    logps = score_strategies(model, tokenizer, "vanilla", [dialogue])
+    strategies = draw_strategies(logps, CONFIG, dialogue, ESCONV)
+    replies = write(CONFIG)
     torch.rand(3)
     state = torch.get_rng_state()
-    assert draw_strategies(logps, CONFIG, sample[0], ESCONV) == planned
-    assert (
-        write_dialogue(
-            model,
-            tokenizer,
-            CONFIG,
-            "rg",
-            sample[0],
-            [(turn, "Question") for turn in range(len(sample[0]))],
-            ESCONV,
-        )
-        == first
-    )
-    assert torch.equal(torch.get_rng_state(), state)  # and the global generator is left alone
-    other = SimpleNamespace(**{**vars(CONFIG), "seed": 1})
-    assert (
-        write_dialogue(
-            model,
-            tokenizer,
-            other,
-            "rg",
-            sample[0],
-            [(turn, "Question") for turn in range(len(sample[0]))],
-            ESCONV,
-        )
-        != first
-    )
+    assert draw_strategies(logps, CONFIG, dialogue, ESCONV) == strategies
+    assert write(CONFIG) == replies
+    assert torch.equal(torch.get_rng_state(), state)
+    assert write(SimpleNamespace(**vars(CONFIG) | {"seed": 1})) != replies

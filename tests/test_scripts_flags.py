@@ -1,6 +1,6 @@
 """pytest tests/test_scripts_flags.py
 
-Flags: every one is read, every mistake ends in one clear line."""
+Every flag is read, and every mistake ends in one clear line."""
 
 import re
 from dataclasses import fields
@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 from scripts import ROOT, run
 
-from desc import DescError, cli
+from desc import DescError, flags
 
 SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "desc.chat.__main__")
 
 
 @pytest.mark.parametrize(
-    "script, flags, says",
+    "script, command_line, message",
     [
         ("train_sft", "--task sp --data nowhere.json", "nowhere.json: cannot be read"),
         (
             "train_sft",
             "--task sp --model no/such-folder/here",
-            "--model no/such-folder/here: cannot be loaded",
+            "model no/such-folder/here: cannot be loaded",
         ),
         ("train_dpo", "--task sp --pairs nowhere", "nowhere/pairs.jsonl: cannot be read"),
         ("train_dpo", "--task sp --model toy --sft nowhere", "finds no adapter in nowhere"),
@@ -44,42 +44,44 @@ SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "desc.chat.
         ("evaluate", "--model toy --out nowhere", "no system to evaluate in nowhere"),
     ],
 )
-def test_a_users_mistake_is_named_in_one_line(script, flags, says, monkeypatch):
+def test_a_users_mistake_is_named_in_one_line(script, command_line, message, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr("sys.argv", [f"{script}.py", *flags.split()])
-    with pytest.raises(DescError) as mistake:
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *command_line.split()])
+    with pytest.raises(DescError) as error:
         import_module(script).main()
-    assert says in str(mistake.value) and "\n" not in str(mistake.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "arguments, message",
     [
         (("--data", "nowhere.json"), "nowhere.json: cannot be read"),  # a DescError
         (("--model", "toy", "--out", "/proc/nowhere"), "/proc/nowhere"),  # an OSError
     ],
 )
-def test_a_script_ends_with_that_line_alone(flags, says):
-    printed = run("train_sft.py", "--task", "sp", *flags, fails=True)
-    assert printed.startswith("error: ") and says in printed and printed.count("\n") == 1
+def test_a_script_ends_with_that_line_alone(arguments, message):
+    printed = run("train_sft.py", "--task", "sp", *arguments, fails=True)
+    assert printed.startswith("error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "kind, flag, value, allowed",
     [
-        (cli.TrainConfig, "--rank", "0", "at least 1"),
-        (cli.TrainConfig, "--eval-dialogues", "-1", "at least 0"),
-        (cli.TrainConfig, "--dropout", "1.0", "from 0 to 0.99"),
-        (cli.TrainConfig, "--warmup", "nan", "from 0 to 1"),
-        (cli.SampleConfig, "--top-p", "0.0", "from 1e-06 to 1"),
+        (flags.TrainConfig, "--rank", "0", "at least 1"),
+        (flags.TrainConfig, "--eval-dialogues", "-1", "at least 0"),
+        (flags.TrainConfig, "--dropout", "1.0", "from 0 to 0.99"),
+        (flags.TrainConfig, "--warmup", "nan", "from 0 to 1"),
+        (flags.SampleConfig, "--top-p", "0.0", "from 1e-06 to 1"),
     ],
 )
 def test_a_number_out_of_range_is_an_error(kind, flag, value, allowed, monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv", ["script.py", flag, value] + ["--task", "sp"] * (kind is cli.TrainConfig)
-    )
+    task = ["--task", "sp"] if kind is flags.TrainConfig else []
+    monkeypatch.setattr("sys.argv", ["script.py", flag, value, *task])
     with pytest.raises(DescError, match=f"^{flag} {value}: should be {allowed}$"):
-        cli.parse(kind)
+        flags.parse(kind)
 
 
 def test_an_unknown_flag_is_an_error():
@@ -91,21 +93,22 @@ def test_an_unknown_flag_is_an_error():
 def test_show_example_marks_the_completion():
     printed = run("train_dpo.py", "--task", "rg", "--model", "toy", "--show-example")
     chosen, rejected = re.findall("»(.*?)«", printed, re.S)
-    assert chosen != rejected and all(
-        text.endswith("<|end|>") and text.count("<|") == 1 for text in (chosen, rejected)
-    )
+    assert chosen != rejected
+    for text in (chosen, rejected):
+        assert text.endswith("<|end|>")
+        assert text.count("<|") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     module = import_module(script)
-    own = (
+    own_configs = (
         kind
         for name, kind in vars(module).items()
         if name.endswith("Config") and kind.__module__ == script
     )
-    config = next(own, cli.SampleConfig)  # chat adds none
+    config = next(own_configs, flags.SampleConfig)  # chat has none of its own
     code = "".join(
         path.read_text() for path in [Path(module.__file__), *(ROOT / "desc").rglob("*.py")]
     )

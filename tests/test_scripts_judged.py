@@ -1,6 +1,6 @@
 """pytest tests/test_scripts_judged.py
 
-The scripts with an annotator: one that is trained, and one behind an endpoint on loopback."""
+The scripts with an annotator. It is trained here, or behind an endpoint on loopback."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_an_annotator_is_trained_and_measured(tmp_path, sample):
 def answer_as_any_module(body):
     """The server's answer to a call: a strategy, a reply or a judgement.
 
-    The judgement is a template response, except at turn 1, whose strategy is wrong."""
+    Turn 1 is judged a strategy mismatch, and every other turn a template response."""
     is_turn_1 = body["messages"][-1]["content"].count("\nseeker: ") == 1
     error = "strategy mismatch" if is_turn_1 else "template response"
     judgement = {"error": error, "explanation": "So.", "confidence": 0.9}
@@ -49,8 +49,8 @@ def answer_as_any_module(body):
 
 
 def test_an_endpoint_answers_and_annotates_and_its_judgements_route(tmp_path, server):
-    """The endpoint refuses in the middle. The same command then goes on, and asks for nothing
-    twice. The other task reads the same answers."""
+    """The endpoint refuses in the middle. The same command then goes on, and asks for no finished
+    answer again. The other task reads the same answers."""
     common = ("--out", tmp_path, "--train-dialogues", 2, "--eval-dialogues", 1)
     common += ("--routing", "paper", "--sampler", "endpoint", "--annotator", "endpoint")
     common += ("--endpoint", server.url)
@@ -73,12 +73,12 @@ def test_an_endpoint_answers_and_annotates_and_its_judgements_route(tmp_path, se
     answers = [answer for record in records for answer in record["answers"]]
     assert {answer["reply"] for answer in answers} == {"Hm."}
     assert {answer["judged"]["explanation"] for answer in answers} == {"So."}
-    # What the refusal cut off was asked for again; what was finished was not.
+    # Only what the refusal cut off was asked for again.
     calls = len(server.calls)
     assert 3 * len(answers) <= calls < 3 * len(answers) + 30
 
     run(*mine, "--out", tmp_path / "two", ranks=2)
-    # Two ranks record what one does.
+    # Two ranks record the same as a single one.
     assert lines(tmp_path / "two" / "mined" / "answers.jsonl")[1:] == records
     del server.calls[calls:]
 

@@ -30,33 +30,29 @@ from desc.tree import SHARING, pack
 
 
 def test_batches_are_whole_dialogues_when_sharing_by_dialogue():
-    """Groups of 5 with a batch size of 12: after two (10) a third would make 15, which is further
-    from 12. Every example comes once."""
-    things = [SimpleNamespace(dialogue=str(i // 5), turn=i % 5) for i in range(35)]
-    batches = make_batches(things, 12, "dialogue", seed=0, epoch=0)
+    """Dialogues have 5 examples each, and the batch size is 12. Two dialogues make 10. A third would
+    make 15, which is further from 12. Every example comes once."""
+    examples = [SimpleNamespace(dialogue=str(i // 5), turn=i % 5) for i in range(35)]
+    batches = make_batches(examples, 12, "dialogue", seed=0, epoch=0)
     assert [len(batch) for batch in batches] == [10, 10, 10, 5]
-    assert sorted(map(id, sum(batches, []))) == sorted(map(id, things))
-    assert all(len({t.dialogue for t in batch}) * 5 == len(batch) for batch in batches)
-    assert (
-        make_batches(things, 12, "dialogue", 0, 1)
-        != batches
-        == make_batches(things, 12, "dialogue", 0, 0)
-    )
-    assert [len(batch) for batch in make_batches(things, 2, "dialogue", 0, 0)] == [5] * 7
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, examples))
+    assert all(len({e.dialogue for e in batch}) * 5 == len(batch) for batch in batches)
+    assert make_batches(examples, 12, "dialogue", 0, 0) == batches
+    assert make_batches(examples, 12, "dialogue", 0, 1) != batches
+    assert [len(batch) for batch in make_batches(examples, 2, "dialogue", 0, 0)] == [5] * 7
 
 
 def test_batches_are_exact_otherwise():
-    things = [SimpleNamespace(dialogue=str(i // 5)) for i in range(35)]
-    batches = make_batches(things, 12, "pair", seed=0, epoch=0)
+    examples = [SimpleNamespace(dialogue=str(i // 5)) for i in range(35)]
+    batches = make_batches(examples, 12, "pair", seed=0, epoch=0)
     assert [len(batch) for batch in batches] == [12, 12, 11]
-    assert (
-        sorted(map(id, sum(batches, []))) == sorted(map(id, things)) and sum(batches, []) != things
-    )
+    assert sorted(map(id, sum(batches, []))) == sorted(map(id, examples))
+    assert sum(batches, []) != examples
 
 
 def test_learning_rate_by_hand():
-    """10 steps, warm-up 0.2: rising over 2 steps (1/2, 1), then ½(1 + cos(π i / 8)) for i = 0 … 7;
-    all times the peak, 2."""
+    """Of 10 steps, 0.2 are warm-up, so the rate rises over 2 steps: 1/2, 1. Then it is
+    ½(1 + cos(π i / 8)), with i from 0 to 7. All of these are multiplied by the peak, 2."""
     rates = [learning_rate(step, 10, 0.2, 2.0) for step in range(10)]
     assert rates == pytest.approx([1.0, 2.0] + [1 + math.cos(math.pi * i / 8) for i in range(8)])
 
@@ -68,20 +64,17 @@ def make_run(tmp_path, weight):
 
 
 def test_a_step_by_hand(tmp_path):
-    """A gradient (3, 4) of norm 5 is cut to norm 1; AdamW's first step then moves each weight by
-    the rate against the gradient's sign. The numbers are written one step later."""
-    weight, config = (
-        torch.nn.Parameter(torch.ones(2)),
-        SimpleNamespace(warmup=0.1, lr=0.5, max_grad_norm=1.0),
-    )
+    """The gradient (3, -4) has norm 5 and is clipped to norm 1. AdamW's first step then moves each
+    weight by the learning rate, against the gradient's sign. The numbers are written one step
+    later."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    config = SimpleNamespace(warmup=0.1, lr=0.5, max_grad_norm=1.0)
     run = make_run(tmp_path, weight)
     weight.grad = torch.tensor([3.0, -4.0])
     clip_and_step(run, config, {"loss": torch.tensor(7.0), "nodes": 11}, "turns 1 … 2")
-    assert (
-        weight.tolist() == pytest.approx([0.5, 1.5], abs=1e-5)
-        and weight.grad is None
-        and run.step == 1
-    )
+    assert weight.tolist() == pytest.approx([0.5, 1.5], abs=1e-5)
+    assert weight.grad is None
+    assert run.step == 1
     assert not (tmp_path / "metrics.jsonl").exists()
     write_pending(run)
     (record,) = lines(tmp_path / "metrics.jsonl")
@@ -92,10 +85,8 @@ def test_a_step_by_hand(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
-    weight, config = (
-        torch.nn.Parameter(torch.ones(2)),
-        SimpleNamespace(warmup=0.1, lr=0.5, max_grad_norm=1.0),
-    )
+    weight = torch.nn.Parameter(torch.ones(2))
+    config = SimpleNamespace(warmup=0.1, lr=0.5, max_grad_norm=1.0)
     run = make_run(tmp_path, weight)
     weight.grad = torch.tensor([1.0, float("nan")])
     clip_and_step(run, config, {"loss": torch.tensor(1.0)}, "pairs 3 … 4")
@@ -108,35 +99,44 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
 
 def test_the_next_batch_is_prepared_while_the_caller_works():
     prepared = []
-    seen = []
-    for ready in prepare_ahead(lambda batch: prepared.append(batch) or batch * 10, [1, 2, 3]):
+
+    def prepare(batch):
+        prepared.append(batch)
+        return batch * 10
+
+    progress = []
+    for result in prepare_ahead(prepare, [1, 2, 3]):
         time.sleep(0.05)
-        seen.append((ready, list(prepared)))
-    assert (
-        seen == [(10, [1, 2]), (20, [1, 2, 3]), (30, [1, 2, 3])]
-        and list(prepare_ahead(str, [])) == []
-    )
+        progress.append((result, list(prepared)))
+    assert progress == [(10, [1, 2]), (20, [1, 2, 3]), (30, [1, 2, 3])]
+    assert list(prepare_ahead(str, [])) == []
+
+
+def random_adapter(model, name):
+    """Add an adapter that is not 0, because B is random too."""
+    torch.manual_seed(0)
+    add_adapter(model, name, rank=4)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.adapters[name].B, std=0.05)
+
+
+def trained_gradient(model):
+    """The gradients of all trained weights, as one vector."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def batch_gradient(share, max_tokens, loss_of, items):
-    """The loss and gradient of a whole batch, cut into micro-batches as `share` and `max_tokens`
-    say, and their number."""
+    """The number of micro-batches, and the loss and gradient of the whole batch. `share` and
+    `max_tokens` determine how the batch is cut into micro-batches."""
     model, _ = load("toy", torch.float32)
-    torch.manual_seed(0)
-    add_adapter(model, "a", rank=4)
-    for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.adapters["a"].B, std=0.05)
+    random_adapter(model, "a")
     batches = pack(items, share, max_tokens)
     total = 0.0
     for _, forest in batches:
         loss = loss_of(sequence_logps(model, forest))
         loss.backward()
         total += float(loss.detach())
-    return (
-        len(batches),
-        total,
-        torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]),
-    )
+    return len(batches), total, trained_gradient(model)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -145,8 +145,8 @@ def test_any_cut_of_a_batch_gives_the_same_step(toy, sample, kind):
     examples = build_examples("sp", sample[10:11])[:5]
     answers = [[e.completion, "Others"] if kind == "dpo" else [e.completion] for e in examples]
     items = [
-        encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, a, 2048)
-        for e, a in zip(examples, answers)
+        encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, texts, 2048)
+        for e, texts in zip(examples, answers)
     ]
     tokens = sum(len(s.completion) for item in items for s in item.sequences)
 
@@ -154,9 +154,9 @@ def test_any_cut_of_a_batch_gives_the_same_step(toy, sample, kind):
         return sft_loss(logps, tokens)
 
     def dpo(logps):
-        return dpo_loss(
-            logps[0::2], logps[1::2], logps[0::2].detach() + 1, logps[1::2].detach(), 0.5
-        )[0].sum() / len(items)
+        chosen, rejected = logps[0::2], logps[1::2]
+        losses, *_ = dpo_loss(chosen, rejected, chosen.detach() + 1, rejected.detach(), 0.5)
+        return losses.sum() / len(items)
 
     cuts = [(share, max_tokens) for share in SHARING for max_tokens in (1, 2000)]
     results = [batch_gradient(*cut, sft if kind == "sft" else dpo, items) for cut in cuts]
@@ -173,31 +173,26 @@ def test_activations_computed_again_give_the_same_gradients(toy, sample):
     ]
     ((_, forest),) = pack(items, "dialogue", 2000)
     gradients = []
-    for again in (False, True):
+    for recompute in (False, True):
         model = deepcopy(toy[0])
-        torch.manual_seed(0)
-        add_adapter(model, "a", rank=4)
-        for layer in lora_layers(model).values():
-            torch.nn.init.normal_(layer.adapters["a"].B, std=0.05)
-        if again:
+        random_adapter(model, "a")
+        if recompute:
             recompute_activations(model)
         calls = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         sequence_logps(model.train(), forest).sum().backward()
-        assert len(calls) == 1 + again
-        gradients.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-        )
-    assert torch.equal(*gradients) and gradients[0].abs().max() > 1e-3
+        assert len(calls) == (2 if recompute else 1)
+        gradients.append(trained_gradient(model))
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 1e-3
 
 
 def test_plan_by_hand(sample):
-    """The toy: 4 bytes a weight of the base and of the adapters, 12 more for what is trained,
-    halved on two ranks; three turns read as one tree."""
+    """Each weight of the toy and of its adapters needs 4 bytes. Each trained weight needs 12 more.
+    Two ranks halve these numbers. Three turns are read as one tree."""
     model, tokenizer = load("toy", torch.float32, empty=True)
-    assert (
-        all(p.is_meta for p in model.parameters()) and not model.model.rotary_emb.inv_freq.is_meta
-    )
+    assert all(p.is_meta for p in model.parameters())
+    assert not model.model.rotary_emb.inv_freq.is_meta
     base = sum(p.numel() for p in model.parameters())
     add_adapter(model, "a", rank=4)
     adapter = sum(
@@ -218,33 +213,24 @@ def test_plan_by_hand(sample):
         max_tokens=2000,
     )
     sizes = memory(model, config, [forest for _, forest in batches])
-    assert (
-        sizes["weights"] == 2 * base
-        and sizes["adapters"] == 2 * adapter
-        and sizes["gradients, optimizer"] == 6 * adapter
-    )
+    assert sizes["weights"] == 2 * base
+    assert sizes["adapters"] == 2 * adapter
+    assert sizes["gradients, optimizer"] == 6 * adapter
     printed = estimate(model, config, [items], passes=2)
-    nodes, alone = (
-        len(batches[0][1].ids),
-        sum(len(s.prompt) + len(s.completion) - 1 for item in items for s in item.sequences),
-    )
-    assert (
-        f"{nodes:9,}   ({alone / nodes:.1f} times" in printed
-        and f"{2 * nodes:9,}   forwards" in printed
-    )
+    nodes = len(batches[0][1].ids)
+    unshared = sum(len(s.prompt) + len(s.completion) - 1 for item in items for s in item.sequences)
+    assert f"{nodes:9,}   ({unshared / nodes:.1f} times" in printed
+    assert f"{2 * nodes:9,}   forwards" in printed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="--compile is for GPUs")
 def test_compiled_layers_keep_the_policy_equal_to_its_reference(sample):
-    """To the bit, in bf16, where fused operations could round otherwise; and log-probabilities and
-    gradients are those of eager mode."""
-    seen = {}
+    """They are equal to the bit, although fused operations could round bf16 differently. The
+    log-probabilities and gradients are close to those of eager mode."""
+    results = {}
     for compiled in (False, True):
         model, tokenizer = load("toy", torch.bfloat16, "cuda")
-        torch.manual_seed(0)
-        add_adapter(model, "sft", rank=4)
-        for layer in lora_layers(model).values():
-            torch.nn.init.normal_(layer.adapters["sft"].B, std=0.05)
+        random_adapter(model, "sft")
         add_adapter(model, "dpo", rank=4)
         if compiled:
             compile_layers(model, torch.device("cuda"))
@@ -259,11 +245,8 @@ def test_compiled_layers_keep_the_policy_equal_to_its_reference(sample):
         policy = sequence_logps(model, forest)
         assert torch.equal(policy, reference)
         policy.sum().backward()
-        seen[compiled] = (
-            policy.detach(),
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]),
-        )
-    for eager, fused in zip(seen[False], seen[True]):
+        results[compiled] = policy.detach(), trained_gradient(model)
+    for eager, fused in zip(results[False], results[True]):
         torch.testing.assert_close(fused, eager, rtol=0.02, atol=0.05)
 
 

@@ -1,11 +1,11 @@
-"""The prefix tree: exact against one sequence at a time, drawn by hand, packed, with sliding
-windows, in blocks.
+"""The prefix tree: drawn by hand, equal to one sequence at a time, packed, with sliding windows, in
+blocks.
 
     pytest tests/test_tree.py -q
 
---slow also runs SmolLM2 on two dialogues of ESConv, with DESC_ESCONV set.
+With --slow and DESC_ESCONV set, SmolLM2 also runs on two dialogues of ESConv.
 
-Drawn by hand. Four sequences (prompt » completion)
+HAND, the forest drawn by hand, has four sequences (prompt » completion):
 
     s0  1 2 » 3 4        s1  1 2 » 5        s2  1 2 6 7 » 8 9        s3  9 » 1
 
@@ -16,9 +16,9 @@ depth-first order:
                   └─ 3: 6 ── 4: 7 ── 5: 8
     6: 9
 
-node    0  1  2  3  4  5  6      s0 reads 3 off node 1 and 4 off node 2; s1 reads 5 off node 1;
-ids     1  2  3  6  7  8  9      s2 reads 8 off node 4 and 9 off node 5; s3 reads 1 off node 6:
-depth   0  1  2  2  3  4  0      rows 1 2 1 4 5 6, targets 3 4 5 8 9 1, owner 0 0 1 2 2 3
+node    0  1  2  3  4  5  6      s0 predicts 3 at node 1 and 4 at node 2. s1 predicts 5 at node 1.
+ids     1  2  3  6  7  8  9      s2 predicts 8 at node 4 and 9 at node 5. s3 predicts 1 at node 6.
+depth   0  1  2  2  3  4  0      So rows 1 2 1 4 5 6, targets 3 4 5 8 9 1, owner 0 0 1 2 2 3.
 end     6  6  3  6  6  6  7
 """
 
@@ -56,8 +56,8 @@ def values(forest):
 
 
 def one_by_one(model, sequences):
-    """The oracle: each sequence in a plain forward of its own, − cross_entropy summed over its
-    completion: (S,)."""
+    """The oracle, of shape (S,). Each sequence has a plain forward of its own. Its value is
+    − cross_entropy, summed over its completion."""
     logps = []
     for prompt, completion in sequences:
         ids = torch.tensor([prompt + completion], device=model.device)
@@ -67,15 +67,15 @@ def one_by_one(model, sequences):
 
 
 def random_items(seed, dialogues=3, turns=4, vocabulary=40):
-    """Pairs as a dialogue makes them: prompts that grow, two answers each, tokens so few that
-    branches meet by chance.
+    """Pairs as dialogues make them: the prompts of a dialogue grow, and each has two answers. The
+    vocabulary is so small that branches meet by chance.
 
-    On top: a pair that occurs twice, a pair with two equal answers, and an answer that goes on
-    where another one ends."""
+    One pair occurs twice. Some pairs have two equal answers, and in some pairs the rejected answer
+    continues the chosen one."""
     draw = random.Random(seed)
 
-    def tokens(most):
-        return [draw.randrange(vocabulary) for _ in range(draw.randint(1, most))]
+    def tokens(longest):
+        return [draw.randrange(vocabulary) for _ in range(draw.randint(1, longest))]
 
     items = []
     for d in range(dialogues):
@@ -100,7 +100,6 @@ def flat(items):
 
 
 # --- drawn by hand --------------------------------------------------------------------------------
-# ------------------------------
 
 
 def test_grow():
@@ -117,8 +116,8 @@ def test_grow():
 
 
 def test_grow_does_not_depend_on_the_order_of_sequences():
-    """The tree is the same; only whose rows come first changes: s3, s2, s1, s0 read off nodes 6 | 4
-    5 | 1 | 1 2."""
+    """The tree is the same. Only the order of the rows changes: s3, s2, s1, s0 predict at the nodes
+    6 | 4 5 | 1 | 1 2."""
     forest = grow(HAND[::-1])
     assert values(forest) == values(grow(HAND)) | {
         "rows": [6, 4, 5, 1, 1, 2],
@@ -130,14 +129,8 @@ def test_grow_does_not_depend_on_the_order_of_sequences():
 def test_repeated_sequences_cost_no_node():
     once, thrice = grow(HAND[:1]), grow(3 * HAND[:1])
     assert thrice.ids.tolist() == once.ids.tolist() == [1, 2, 3]
-    assert thrice.rows.tolist() == [1, 2, 1, 2, 1, 2] and thrice.owner.tolist() == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        2,
-    ]
+    assert thrice.rows.tolist() == [1, 2, 1, 2, 1, 2]
+    assert thrice.owner.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_dense_mask():
@@ -146,7 +139,7 @@ def test_dense_mask():
         [x, o, o, o, o, o, o],  # query 0
         [x, x, o, o, o, o, o],
         [x, x, x, o, o, o, o],
-        [x, x, o, x, o, o, o],  # node 3 hangs on node 1, beside node 2
+        [x, x, o, x, o, o, o],  # the parent of node 3 is node 1, as of node 2
         [x, x, o, x, x, o, o],
         [x, x, o, x, x, x, o],
         [o, o, o, o, o, o, x],  # a tree of its own
@@ -163,8 +156,8 @@ def test_dense_mask():
 
 
 def test_join_counts_nodes_and_sequences_on():
-    """Behind HAND's seven nodes and four sequences stand the two nodes (5, 6) and the one sequence
-    of 5 » 6 7."""
+    """HAND has seven nodes and four sequences. The two nodes (5, 6) and the one sequence of 5 » 6 7
+    follow them, so they are nodes 7 and 8 and sequence 4."""
     forest = join([grow(HAND), grow([TokenSequence([5], [6, 7])])])
     expected = {
         "ids": [5, 6],
@@ -179,16 +172,14 @@ def test_join_counts_nodes_and_sequences_on():
     }
     assert forest.size == 5
     mask = dense_mask(forest)
-    assert (
-        torch.equal(mask[:7, :7], dense_mask(grow(HAND)))
-        and not mask[:7, 7:].any()
-        and not mask[7:, :7].any()
-    )
+    assert torch.equal(mask[:7, :7], dense_mask(grow(HAND)))
+    assert not mask[:7, 7:].any()
+    assert not mask[7:, :7].any()
 
 
-def test_what_merges():
-    """Two items, both HAND[0] and HAND[1]: all in one tree is 3 nodes; an item each 3 + 3; nothing
-    shared 3 + 2 + 3 + 2."""
+def test_each_way_of_sharing_merges_what_it_should():
+    """Two items both hold HAND[0] and HAND[1]. All in one tree are 3 nodes. One tree per item gives
+    3 + 3 nodes. Without sharing there are 3 + 2 + 3 + 2."""
     items = [Item(name, "0", HAND[:2]) for name in "ab"]
     assert [len(plant(items, share).ids) for share in SHARING] == [3, 6, 10]
     assert [plant(items, share).owner.tolist() for share in SHARING] == 3 * [[0, 0, 1, 2, 2, 3]]
@@ -201,12 +192,11 @@ def test_empty_prompt_and_empty_completion_are_refused(sequence):
 
 
 # --- exact ----------------------------------------------------------------------------------------
-# ------------------------------
 
 
 @pytest.fixture(scope="module")
 def adapted(toy):
-    """The toy with an adapter that does something."""
+    """The toy with an adapter that is not 0."""
     model = deepcopy(toy[0])
     torch.manual_seed(0)
     add_adapter(model, "sft", rank=4, alpha=8)
@@ -217,7 +207,8 @@ def adapted(toy):
 
 
 def gradients(model, logps):
-    """Of a weighted sum, as every loss makes one, by the adapter's parameters."""
+    """The gradients of a weighted sum of `logps` by the adapter's parameters. Every loss gives such
+    weights."""
     weights = torch.linspace(-1, 1, len(logps))
     return torch.autograd.grad(
         (weights * logps).sum(), [p for p in model.parameters() if p.requires_grad]
@@ -230,7 +221,7 @@ def assert_same(model, items, share, max_tokens=10**9):
     logps = sequence_logps(model, forest)
     place = {id(item): i for i, item in enumerate(members)}
     order = [2 * place[id(item)] + answer for item in items for answer in (0, 1)]
-    # at -600, an fp32 step is 6e-5
+    # Near -600, neighbouring fp32 numbers are 6e-5 apart.
     torch.testing.assert_close(logps[order], expected, atol=1e-4, rtol=1e-6)
     for grad, oracle in zip(gradients(model, logps[order]), gradients(model, expected)):
         assert oracle.abs().max() > 1e-2
@@ -244,7 +235,7 @@ def test_random_trees_equal_one_sequence_at_a_time(adapted, share, seed):
 
 
 def test_sharing_saves_nodes_and_never_a_target():
-    """… or the tests above would compare nothing with nothing."""
+    """Without shared nodes, the test above would check nothing."""
     for seed in range(3):
         items = random_items(seed)
         forests = {share: plant(items, share) for share in SHARING}
@@ -291,15 +282,14 @@ def test_smollm2_on_esconv_equals_one_sequence_at_a_time(smollm2, esconv_path):
 
 
 # --- packing --------------------------------------------------------------------------------------
-# ------------------------------
 
 
 @pytest.mark.parametrize("share", SHARING)
 @pytest.mark.parametrize("max_tokens", [1, 30, 60, 150, 10**6])
 def test_pack_cuts_within_the_budget_and_changes_no_number(toy, share, max_tokens):
     items = random_items(3, dialogues=4)
-    # … and one whose turns part early, as rg's do with their strategies: 2 + 16 · 10 nodes, 12 in
-    # each sequence
+    # This dialogue's turns branch after two tokens, as those of rg do because of their strategies.
+    # It has 2 + 16 · 10 nodes, of which each sequence has 12.
     items += [
         Item(
             f"w/{i}",
@@ -327,8 +317,8 @@ def test_pack_cuts_within_the_budget_and_changes_no_number(toy, share, max_token
 
 
 def test_pack_makes_no_more_batches_than_it_must():
-    """Ten items of 3 nodes each under 9 tokens: three fit, so four batches; sharing merges the ten
-    into one tree of 3 nodes."""
+    """Ten items have 3 nodes each. Of these, three fit into 9 tokens, so there are four batches.
+    Sharing merges the ten into one tree of 3 nodes."""
     items = [Item(str(i), str(i), HAND[:2]) for i in range(10)]
     assert [len(members) for members, _ in pack(items, "pair", 9)] == [3, 3, 3, 1]
     together = [Item(str(i), "0", HAND[:2]) for i in range(10)]
@@ -337,24 +327,23 @@ def test_pack_makes_no_more_batches_than_it_must():
 
 
 def test_pack_cuts_a_tree_where_least_is_shared():
-    """Under token 0 four strategies 1 … 4, each above the chain 9 9: 1 + 4 · 3 nodes, of which 7
-    fit. Cut between the strategies 2 and 3, only token 0 is read again; at the half, among the
-    turns of strategy 2, the whole of 0 2 9 would be."""
+    """Token 0 has four children, the strategies 1 … 4, each followed by the chain 9 9. That makes
+    1 + 4 · 3 nodes, and 7 fit into a batch. A cut between the strategies 2 and 3 repeats only token
+    0. A cut after half of the items, among those of strategy 2, would repeat 0 2 9."""
     prompts = [[0, 1, 9, 9], [0, 2, 9], [0, 2, 9, 9], [0, 2, 9, 9], [0, 3, 9, 9], [0, 4, 9, 9]]
     items = [Item(str(i), "0", [TokenSequence(prompt, [7])]) for i, prompt in enumerate(prompts)]
     assert [len(forest.ids) for _, forest in pack(items[::-1], "dialogue", 100)] == [13]
     assert [len(forest.ids) for _, forest in pack(items[::-1], "dialogue", 7)] == [7, 7]
 
 
-# --- other architectures, sliding windows
-# ---------------------------------------------------------------------------------------
+# --- other architectures, sliding windows ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS | ODD)
 @torch.no_grad()
 def test_architectures_equal_the_stock_model(kind, toy, tmp_path):
-    """Loaded as a user's folder is. A model that is odd may be refused instead, with a DescError,
-    but never run wrong."""
+    """The model is loaded from a folder, like a user's. A model in ODD may be refused with a
+    DescError instead, but it must never give wrong numbers."""
     stock = build(configure(kind))
     stock.save_pretrained(tmp_path)
     toy[1].save_pretrained(tmp_path)
@@ -370,7 +359,7 @@ def test_architectures_equal_the_stock_model(kind, toy, tmp_path):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "window" in kind])
 @torch.no_grad()
 def test_the_windows_of_these_models_matter(kind):
-    """… or the test above would pass with the window left out."""
+    """If they did not matter, the test above would pass without any window."""
     sequences = flat(random_items(0, vocabulary=50))
     narrow, wide = (
         one_by_one(build(configure(kind, sliding_window=window)), sequences) for window in (4, 1000)
@@ -387,13 +376,12 @@ def test_layers_that_a_tree_cannot_run_are_refused(kind, toy, tmp_path):
 
 
 # --- attention in blocks --------------------------------------------------------------------------
-# ------------------------------
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 256])
 def test_block_attention_equals_sdpa(block, monkeypatch):
-    """Outputs and gradients of the hand-drawn forest and a random one, four query heads on two key
-    heads."""
+    """Outputs and gradients are equal for the forest drawn by hand and a random one. Four query
+    heads share two key heads."""
     monkeypatch.setattr(attention, "BLOCK", block)
     for forest in (grow(HAND), grow(flat(random_items(0)))):
         mask = dense_mask(forest)[None, None]
@@ -422,8 +410,7 @@ def test_the_size_of_blocks_changes_nothing(adapted, monkeypatch):
     assert_same(adapted, random_items(1), "dialogue")
 
 
-# --- FlexAttention, on CUDA; its uncompiled forward runs on the CPU
-# --------------------------------------------------------------
+# --- FlexAttention (for CUDA; its uncompiled forward also runs on the CPU) ------------------------
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -448,7 +435,7 @@ def test_padding_changes_no_number(adapted):
     forest = grow(flat(random_items(0)))
     padded = pad(forest, 64)
     assert len(padded.ids) % 64 == 0 and pad(padded, 64).ids.equal(padded.ids)
-    assert dense_mask(padded)[len(forest.ids) :].sum(-1).eq(1).all()  # a lone node sees itself
+    assert dense_mask(padded)[len(forest.ids) :].sum(-1).eq(1).all()  # padding sees only itself
     torch.testing.assert_close(
         sequence_logps(adapted, padded), sequence_logps(adapted, forest), atol=1e-5, rtol=0
     )
@@ -457,14 +444,12 @@ def test_padding_changes_no_number(adapted):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_cuda_flex_attention_equals_the_stock_model(kind, toy, tmp_path):
-    """Log-probabilities, and gradients of the embeddings."""
+    """The log-probabilities and the gradients of the embeddings are equal."""
     stock = build(configure(kind, head_dim=16)).cuda()
     stock.save_pretrained(tmp_path)
     toy[1].save_pretrained(tmp_path)
-    model, sequences = (
-        load(str(tmp_path), torch.float32, "cuda")[0],
-        flat(random_items(0, vocabulary=50)),
-    )
+    model = load(str(tmp_path), torch.float32, "cuda")[0]
+    sequences = flat(random_items(0, vocabulary=50))
     ours, theirs = sequence_logps(model, grow(sequences)), one_by_one(stock, sequences)
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
     gradients = [

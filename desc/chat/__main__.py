@@ -15,13 +15,14 @@ from contextlib import suppress
 from desc import DescError, cli
 from desc.chat.conversation import Chat, attach
 from desc.chat.safety import OPENING
+from desc.flags import SampleConfig, parse
 from desc.modeling import load
 from desc.strategies import read_strategies
 from desc.training import ranks
 
 
 def main():
-    config = cli.parse(cli.SampleConfig)
+    config = parse(SampleConfig)
     sys.stdin.reconfigure(errors="replace")
     # a warning must not wait in a pipe for the reply
     sys.stdout.reconfigure(errors="replace", line_buffering=True)

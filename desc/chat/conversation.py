@@ -10,6 +10,7 @@ from desc import cli
 from desc.chat.safety import CRISIS, in_danger
 from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
+from desc.flags import SampleConfig
 from desc.lora import adapter_only
 from desc.prompts import build_messages
 from desc.sampling import grow_branches, score, seed_of, seeded, stream_text, temper
@@ -46,7 +47,7 @@ class Chat:
 
     model: torch.nn.Module
     tokenizer: object
-    config: cli.SampleConfig
+    config: SampleConfig
     strategies: Strategies
     stages: dict[str, list[str]]
     turns: tuple[Turn, ...] = ()  # as a Dialogue's: alternating, seeker first, supporter last

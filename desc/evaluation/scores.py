@@ -37,7 +37,7 @@ Counts = dict[str, np.ndarray]  # what is added up over dialogues, by name
 def count_predictions(record: dict, strategies: Strategies, config) -> Counts:
     """The counts and sums of one dialogue that a planner's scores are computed from.
 
-    `config` (a desc.cli.SampleConfig) says how strategies are sampled, because the expected
+    `config` (a desc.flags.SampleConfig) says how strategies are sampled, because the expected
     confusion matrix depends on it."""
     gold = record["gold"]
     turns = len(gold)
@@ -93,7 +93,7 @@ def score_predictions(counts: Counts) -> dict[str, np.ndarray]:
 
 def count_replies(record: dict) -> Counts:
     """(sum, number) of the values in each column of one dialogue's replies, of the annotator's
-    judgements on them and of the judge's ratings and verdicts."""
+    annotations of them and of the judge's ratings and verdicts."""
     annotations = count_annotations(record.get("judged", []))
     ratings = count_ratings(record.get("ratings", []))
     verdicts = count_verdicts(record.get("verdicts", []))
@@ -128,9 +128,9 @@ def count_text(human: list[str], replies: list[str]) -> dict[str, list[float]]:
 
 
 def count_annotations(judged: list[dict]) -> dict[str, list[float]]:
-    """Of the annotator's judgements: which replies have no error, and which judgements are
+    """Of the annotator's annotations: which replies have no error, and which annotations are
     unreadable."""
-    errors = [judgement["error"] for judgement in judged]
+    errors = [annotation["error"] for annotation in judged]
     readable = [error for error in errors if error != UNREADABLE]
     return {
         "faultless": to_percent(error == "none" for error in readable),
@@ -239,7 +239,7 @@ def summarise(systems: dict[str, list[dict]], strategies: Strategies, config) ->
     A row holds each score by COLUMN, "COLUMN interval" (95 %) and, after the first system, "COLUMN
     difference": the difference to the first system and its interval, paired by dialogue. It also
     holds what single strategies and seeds did, the annotator's errors, and the scores of all
-    replies together. `config` is a desc.cli.SampleConfig; its seed draws the resamples."""
+    replies together. `config` is a desc.flags.SampleConfig; its seed draws the resamples."""
     rows = {}
     first = {}
     for name, records in systems.items():
@@ -286,8 +286,8 @@ def score_each_strategy(sampled: np.ndarray, strategies: Strategies) -> dict:
 
 def count_errors(answered: list[dict]) -> dict[str, Counter]:
     """{"errors": replies by the annotator's error}; {} if no reply was annotated."""
-    judged = [judgement for record in answered for judgement in record.get("judged", [])]
-    errors = Counter(judgement["error"] for judgement in judged)
+    judged = [annotation for record in answered for annotation in record.get("judged", [])]
+    errors = Counter(annotation["error"] for annotation in judged)
     return {"errors": errors} if errors else {}
 
 

@@ -255,7 +255,7 @@ def annotate_and_judge(
 ) -> list[dict]:
     """Add to the record of each system what is said of its replies. `answers` is {system: record}.
 
-    The annotator's judgements become "judged". The judge's ratings become "ratings", and its
+    The annotator's annotations become "judged". The judge's ratings become "ratings", and its
     verdicts against the first system "verdicts". Returns the judge's transcript."""
     transcript = []
     first = next(iter(answers))
@@ -276,8 +276,8 @@ def annotate_and_judge(
 
 
 def annotate(annotator: Annotator, dialogue: Dialogue, record: dict) -> list[dict]:
-    """The annotator's judgements on the replies of a record, as dictionaries."""
+    """The annotator's annotations on the replies of a record, as dictionaries."""
     cases = []
     for turn, reply in enumerate(record["replies"]):
         cases.append(Case(dialogue.history(turn), record["followed"][turn], reply))
-    return [asdict(judgement) for judgement in annotator(cases)]
+    return [asdict(annotation) for annotation in annotator(cases)]

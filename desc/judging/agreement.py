@@ -109,7 +109,7 @@ def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int,
 
 
 def key_path(path: Path) -> Path:
-    """The file with the annotator's judgements on the answers of a review."""
+    """The file with the annotator's annotations on the answers of a review."""
     return path.with_suffix(".key.csv")
 
 
@@ -165,10 +165,10 @@ def measure_agreement(
             f"--held-out {config.held_out} holds no dialogue of {config.agreement} out; give a"
             " larger share"
         )
-    judgements = annotate_labelled(annotator, held)
+    annotations = annotate_labelled(annotator, held)
     return agreement_report(
         [turn.label for turn in held],
-        [judgement.error for judgement in judgements],
+        [annotation.error for annotation in annotations],
         [turn.dialogue for turn in held],
         config.seed,
     )
@@ -181,7 +181,7 @@ def agreement_report(
     dialogues.
 
     It shows κ with its 95 % interval (bootstrap over dialogues), a table with one line per label,
-    and the confusion matrix. An unreadable judgement agrees with nothing."""
+    and the confusion matrix. An unreadable annotation agrees with nothing."""
     names = [*LABELS, *sorted(set(annotator) - set(LABELS))]
     counts = {dialogue: np.zeros((len(names), len(names))) for dialogue in dialogues}
     for label, annotated, dialogue in zip(people, annotator, dialogues, strict=True):

@@ -17,9 +17,10 @@ import torch
 from desc import cli
 from desc.encoding import encode
 from desc.esconv import Turn, flatten
+from desc.flags import AskConfig, DataConfig
 from desc.judging.endpoint import Endpoint, json_schema_format
 from desc.lora import adapter_only
-from desc.mining import LABELS, UNREADABLE, Annotator, Case, Judgement
+from desc.mining import LABELS, UNREADABLE, Annotation, Annotator, Case
 from desc.prompts import Messages
 from desc.sampling import score
 
@@ -87,7 +88,7 @@ def score_options(
     tokenizer,
     conversations: Sequence[Messages],
     options: Sequence[str],
-    config: cli.DataConfig,
+    config: DataConfig,
     *adapters: str,
 ) -> list[dict[str, float]]:
     """{option: its share of probability} as the answer to each conversation; shares sum to 1.
@@ -112,27 +113,27 @@ class LocalAnnotator:
 
     model: torch.nn.Module
     tokenizer: object
-    config: cli.DataConfig
+    config: DataConfig
 
-    def __call__(self, cases: list[Case]) -> list[Judgement]:
+    def __call__(self, cases: list[Case]) -> list[Annotation]:
         conversations = [build_annotator_messages(case) for case in cases]
         scored = score_options(
             self.model, self.tokenizer, conversations, LABELS, self.config, MODULE
         )
-        judgements = []
+        annotations = []
         for shares in scored:
             label = max(shares, key=shares.get)
-            judgements.append(Judgement(label, shares[label]))
-        return judgements
+            annotations.append(Annotation(label, shares[label]))
+        return annotations
 
 
 @dataclass(frozen=True)
 class EndpointAnnotator:
-    """Asks a model behind an endpoint for a judgement in JSON on each case."""
+    """Asks a model behind an endpoint for an annotation in JSON on each case."""
 
     endpoint: Endpoint
 
-    def __call__(self, cases: list[Case]) -> list[Judgement]:
+    def __call__(self, cases: list[Case]) -> list[Annotation]:
         conversations = [build_annotator_messages(case, BY_JSON) for case in cases]
         texts = self.endpoint.ask_all(
             conversations,
@@ -142,11 +143,11 @@ class EndpointAnnotator:
             max_tokens=200,
             response_format=json_schema_format(SCHEMA),
         )
-        return [read_judgement(text) for text in texts]
+        return [read_annotation(text) for text in texts]
 
 
 def make_annotator(
-    config: cli.AskConfig, model, tokenizer, endpoint: Endpoint | None
+    config: AskConfig, model, tokenizer, endpoint: Endpoint | None
 ) -> Annotator | None:
     """The annotator that --annotator names; None for "none".
 
@@ -160,11 +161,11 @@ def make_annotator(
     return None
 
 
-def read_judgement(text: str) -> Judgement:
-    """The judgement in what a model wrote: the first JSON object in it, or a bare label.
+def read_annotation(text: str) -> Annotation:
+    """The annotation in what a model wrote: the first JSON object in it, or a bare label.
 
     If there is neither, its error is UNREADABLE, and its explanation is the whole text."""
-    unreadable = Judgement(UNREADABLE, 0.0, text)
+    unreadable = Annotation(UNREADABLE, 0.0, text)
     try:
         answer = read_answer(text)
         error = str(answer["error"]).strip().casefold()
@@ -174,7 +175,7 @@ def read_judgement(text: str) -> Judgement:
     if error not in LABELS or math.isnan(confidence):
         return unreadable
     confidence = min(max(confidence, 0.0), 1.0)
-    return Judgement(error, confidence, str(answer.get("explanation", "")))
+    return Annotation(error, confidence, str(answer.get("explanation", "")))
 
 
 def read_answer(text: str) -> dict:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from desc import DescError, cli
+from desc import DescError
 from desc.esconv import Dialogue
+from desc.flags import AskConfig, SampleConfig
 from desc.prompts import Messages, build_messages
 from desc.sampling import seed_of
 from desc.strategies import Strategies
@@ -55,7 +56,7 @@ class Endpoint:
     every try; None sets no limit."""
 
     @staticmethod
-    def of(config: cli.AskConfig) -> "Endpoint":
+    def of(config: AskConfig) -> "Endpoint":
         """The endpoint that the flags name, with this rank's share of --max-calls.
 
         Raises DescError if a flag is missing."""
@@ -190,7 +191,7 @@ class EndpointSampler:
     dialogue, on the human history."""
 
     endpoint: Endpoint
-    config: cli.SampleConfig
+    config: SampleConfig
     strategies: Strategies
 
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:

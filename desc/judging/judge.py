@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from desc import cli
 from desc.esconv import Dialogue
+from desc.flags import DataConfig
 from desc.judging.annotator import build_quoted_messages, read_guide, score_options
 from desc.judging.endpoint import Endpoint, json_schema_format
 from desc.prompts import Messages
@@ -46,7 +46,7 @@ class LocalJudge:
 
     model: torch.nn.Module
     tokenizer: object
-    config: cli.DataConfig
+    config: DataConfig
 
     def __call__(self, conversations: list[Messages], options: Sequence[str]) -> list[Opinion]:
         scored = score_options(self.model, self.tokenizer, conversations, options, self.config)

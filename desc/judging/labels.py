@@ -13,7 +13,7 @@ from tqdm import tqdm
 from desc import DescError
 from desc.esconv import Dialogue, Turn
 from desc.judging.annotator import build_annotator_messages
-from desc.mining import LABELS, Annotator, Case, Judgement
+from desc.mining import LABELS, Annotation, Annotator, Case
 from desc.prompts import Example
 from desc.storage.files import parse, read_records, read_text
 from desc.strategies import Strategies
@@ -182,11 +182,11 @@ def balance(labelled: list[LabelledTurn]) -> list[LabelledTurn]:
     return balanced
 
 
-def annotate_labelled(annotator: Annotator, labelled: list[LabelledTurn]) -> list[Judgement]:
-    """A judgement on each labelled turn. A dialogue's turns are annotated together, so they should
-    follow one another."""
-    judgements = []
+def annotate_labelled(annotator: Annotator, labelled: list[LabelledTurn]) -> list[Annotation]:
+    """The annotation of each labelled turn. A dialogue's turns are annotated together, so they
+    should follow one another."""
+    annotations = []
     progress = tqdm(labelled, desc="annotate", dynamic_ncols=True)
     for _, turns in groupby(progress, key=lambda turn: turn.dialogue):
-        judgements += annotator([turn.case for turn in turns])
-    return judgements
+        annotations += annotator([turn.case for turn in turns])
+    return annotations

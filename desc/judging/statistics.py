@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from desc.metrics import interval
+from desc.metrics import draw_groups, interval
 
 Statistic = Callable[[Sequence[float], Sequence[float]], float]  # of two raters' values
 Group = Sequence[tuple[float, float]]  # one dialogue's ratings, a pair of values per reply
@@ -57,16 +57,15 @@ def pooled_statistic(statistic: Statistic, groups: Sequence[Group]) -> float:
 def bootstrap_statistic(
     statistic: Statistic, groups: Sequence[Group], samples: int = 300, seed: int = 0
 ) -> np.ndarray:
-    """(samples,): the statistic, each time of as many groups, drawn with replacement.
+    """(samples,): the statistic, each time of the groups that are drawn, with their pairs pooled.
 
-    This is the bootstrap over dialogues. desc.metrics.resample does not serve here. It adds up
-    one array per drawn group, and no such sum gives a rank correlation, because a rank depends on
-    all other values. So the drawn groups' pairs are pooled, and the statistic is computed anew. The
-    same seed draws the same groups."""
-    drawn = np.random.default_rng(seed).integers(len(groups), size=(samples, len(groups)))
-    return np.array(
-        [pooled_statistic(statistic, [groups[i] for i in indices]) for indices in drawn]
-    )
+    This is the bootstrap for what is no function of sums, such as a rank correlation, because a
+    rank depends on all other values."""
+    values = []
+    for times_drawn in draw_groups(len(groups), samples, seed):
+        drawn = [group for group, times in zip(groups, times_drawn) for _ in range(times)]
+        values.append(pooled_statistic(statistic, drawn))
+    return np.array(values)
 
 
 def defined_interval(values: np.ndarray) -> tuple[float, float]:

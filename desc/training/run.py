@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from desc import DescError
-from desc.cli import TrainConfig, progress, save_config
+from desc.cli import progress, save_config
+from desc.flags import TrainConfig
 from desc.lora import export_adapters
 from desc.sampling import seed_of
 from desc.storage.adapters import write_adapter

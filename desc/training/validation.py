@@ -2,8 +2,8 @@
 
 import torch
 
-from desc.cli import TrainConfig
 from desc.esconv import Dialogue
+from desc.flags import TrainConfig
 from desc.metrics import (
     bias_of_confusion,
     expected_confusion,

@@ -1,0 +1,216 @@
+"""The flags of the scripts: one dataclass for each kind of script, and how a command line becomes
+one."""
+
+import math
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser
+
+from desc import DescError
+from desc.prompts import TASKS
+from desc.tree import SHARING
+
+
+def flag(default, text: str, at_least: float = -math.inf, at_most: float = math.inf):
+    """A field of a configuration: its default, what it does, and the range of a number."""
+    return field(default=default, metadata={"help": text, "range": (at_least, at_most)})
+
+
+@dataclass
+class Config:
+    """Flags of every script."""
+
+    model: str = flag("smollm2", "smollm2, toy, a Hub id or a folder")
+    strategies: str | None = flag(None, "a text file with another taxonomy, one strategy per line")
+    out: str = flag("out", "the folder under which every artefact lies")
+    seed: int = flag(
+        0,
+        "seeds the split, the adapters' start, the order of batches and all sampling",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = flag(
+        "auto",
+        "of the frozen base model; auto is bfloat16 if this processor multiplies it natively, else"
+        " float32; adapters are float32",
+    )
+    max_length: int = flag(
+        2048,
+        "tokens of prompt and completion; a longer dialogue loses its oldest exchanges",
+        at_least=1,
+    )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass
+class DataConfig(Config):
+    """Flags of the scripts that read a data set."""
+
+    data: str = flag(
+        "sample", "sample (shipped), esconv (fetched from the Hub), or a file in ESConv's schema"
+    )
+    split_file: str | None = flag(
+        None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1"
+    )
+    eval_dialogues: int = flag(
+        0, "held-out dialogues to use, the first of their split; 0 means all", at_least=0
+    )
+    max_tokens: int = flag(
+        1024,
+        "tree nodes in one forward pass, or twice the longest sequence where that is more; less"
+        " needs less memory",
+        at_least=1,
+    )
+
+
+@dataclass
+class SampleConfig(Config):
+    """Flags of the scripts that let a model answer. The defaults are the paper's, but for the
+    length, which it leaves open."""
+
+    temperature: float = flag(0.7, "of sampling; 0 takes the most likely", at_least=0)
+    top_p: float = flag(
+        0.95,
+        "of sampling: only the likeliest tokens, or strategies, that hold this mass",
+        at_least=1e-6,
+        at_most=1,
+    )
+    max_new_tokens: int = flag(128, "the longest reply", at_least=1)
+
+
+@dataclass
+class AskConfig(DataConfig):
+    """Flags of the scripts that may ask a server, or a local annotator."""
+
+    annotator: Literal["none", "local", "endpoint"] = flag(
+        "none", "who names errors: nobody, --model with OUT/annotate/sft, --endpoint"
+    )
+    endpoint: str | None = flag(
+        None,
+        "URL of a server that speaks OpenAI's protocol; a key is read from $DESC_API_KEY alone",
+    )
+    endpoint_model: str = flag(
+        "", "the model's name there; {task} in it stands for sp, rg, vanilla, annotate or judge"
+    )
+    concurrency: int = flag(8, "calls to the endpoint at a time", at_least=1)
+    timeout: float = flag(120, "seconds to wait for an answer of the endpoint", at_least=1)
+    max_calls: int = flag(
+        0,
+        "calls to the endpoint that this run may make on all ranks, retries counted; 0 sets no"
+        " limit",
+        at_least=0,
+    )
+
+
+@dataclass
+class TaskConfig(DataConfig):
+    """Flags of the scripts that work on one module."""
+
+    task: Literal[TASKS] = field(
+        kw_only=True, metadata={"help": "planner, generator, or both in one model"}
+    )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.task
+
+
+@dataclass
+class TrainConfig(TaskConfig):
+    """Flags of both training scripts."""
+
+    batch_size: int = flag(
+        32,
+        "examples (SFT) or pairs (DPO) in a step; with --share dialogue whole dialogues, as near to"
+        " it as they come",
+        at_least=1,
+    )
+    share: Literal[SHARING] = flag(
+        "dialogue", "which equal prefixes are read once; the loss of given examples is the same"
+    )
+    rank: int = flag(16, "LoRA's r", at_least=1)
+    alpha: float = flag(16, "LoRA's alpha; the update is scaled by alpha / rank")
+    dropout: float = flag(
+        0.05, "on the input of the adapters that are trained", at_least=0, at_most=0.99
+    )
+    warmup: float = flag(
+        0.1,
+        "share of the steps in which the rate rises; afterwards it falls to zero along a cosine",
+        at_least=0,
+        at_most=1,
+    )
+    weight_decay: float = flag(0.0, "AdamW's, on the adapters", at_least=0)
+    max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it", at_least=0)
+    eval_every: int = flag(50, "steps between scores on validation dialogues", at_least=0)
+    save_every: int = flag(
+        50,
+        "steps between checkpoints; a run that was killed goes on from the last when it is started"
+        " again",
+        at_least=0,
+    )
+    recompute: bool = flag(
+        False,
+        "compute activations again in the backward pass instead of keeping them: less memory,"
+        " slower",
+    )
+    keep: Literal["best", "last"] = flag(
+        "best", "the adapter that later steps find; the other one lies in a folder beside it"
+    )
+    compile: bool = flag(
+        False,
+        "on a GPU: let PyTorch fuse the layers' element-wise work; the first steps take minutes",
+    )
+    estimate: int = flag(
+        0,
+        "print what the run costs on that many ranks (bytes per rank, steps, tokens), without"
+        " loading weights, and stop",
+        at_least=0,
+    )
+    show_example: bool = flag(
+        False, "print the first example, what carries loss between » and «, and stop"
+    )
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the description as it is."""
+
+
+class Parser(HfArgumentParser):
+    """Makes flags of a dataclass's fields; their ranges are checked after parsing."""
+
+    def add_argument(self, *names, range=None, **settings):  # noqa: A002
+        return super().add_argument(*names, **settings)
+
+
+def parse(kind):
+    """A configuration from the command line. An unknown flag ends the program with a usage message.
+
+    Raises DescError if a number is out of its flag's range."""
+    description = sys.modules["__main__"].__doc__
+    parser = Parser(kind, description=description, formatter_class=HelpFormatter)
+    config = kind(**vars(parser.parse_args()))
+    for flagged in fields(config):
+        low, high = flagged.metadata.get("range", (-math.inf, math.inf))
+        value = getattr(config, flagged.name)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            allowed = f"from {low} to {high}"
+            if high == math.inf:
+                allowed = "a number" if low == -math.inf else f"at least {low}"
+            raise DescError(f"--{flagged.name.replace('_', '-')} {value}: should be {allowed}")
+    return config
+
+
+def answer_settings(config, *irrelevant: str) -> dict:
+    """The flags that change what a model says of a dialogue: all but those that never do, and those
+    that are `irrelevant` to this script's answers."""
+    never = {"data", "split_file", "strategies", "out", "max_tokens", "eval_dialogues"}
+    never |= {"endpoint", "concurrency", "timeout", "max_calls", *irrelevant}
+    return {name: value for name, value in asdict(config).items() if name not in never}
