@@ -18,7 +18,7 @@ each system answered, and what a judge was asked and said. Killed and run again,
 was. A judge's ratings are also written to ratings.csv, in which people can rate; --correlate
 ratings.csv then says how far the judge follows them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -38,13 +38,13 @@ from desc.evaluation.systems import (
     load_systems,
 )
 from desc.evaluation.tables import tables
-from desc.flags import AskConfig, SampleConfig, answer_settings, flag, parse
+from desc.flags import MANY, AskConfig, SampleConfig, answer_settings, flag, parse
 from desc.judging import agreement
 from desc.judging.annotator import make_annotator
 from desc.judging.endpoint import Endpoint
 from desc.judging.judge import make_judge
-from desc.modeling import load
 from desc.storage.adapters import adapter_digest
+from desc.storage.base import base_digest
 from desc.storage.files import read_lines, write_json
 from desc.storage.journal import Journal, journal_settings, work_key
 from desc.strategies import read_strategies
@@ -53,25 +53,33 @@ from desc.training import ranks
 
 @dataclass
 class EvalConfig(SampleConfig, AskConfig):
-    systems: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=MODULE:ADAPTER[,MODULE:ADAPTER] …; none: what OUT holds"},
-    )
+    systems: list[str] = flag([], "NAME=MODULE:ADAPTER[,MODULE:ADAPTER] …; none: what OUT holds")
     seeds: int = flag(
         1,
         "draws of every strategy, with --seed, --seed + 1, …; their mean scores are reported",
         at_least=1,
+        at_most=1000,
     )
     decode: Literal["scored", "free"] = flag(
         "scored", "how a strategy is found: all names scored in one pass, or written and parsed"
     )
     reply_dialogues: int = flag(
-        0, "test dialogues that are answered in words, the first; 0 means all, -1 none", at_least=-1
+        0,
+        "test dialogues that are answered in words, the first; 0 means all, -1 none",
+        at_least=-1,
+        at_most=MANY,
     )
     judge: Literal["none", "local", "endpoint"] = flag(
         "none", "who rates replies and compares them: nobody, --model, --endpoint"
     )
-    show: int = flag(0, "turns to print with the answer of each system", at_least=0)
+    judge_tokens: int = flag(
+        512,
+        "the most that a judge behind the endpoint may write, thoughts included; an answer that was"
+        " cut off gets four times as much room, once",
+        at_least=8,
+        at_most=65_536,
+    )
+    show: int = flag(0, "turns to print with the answer of each system", at_least=0, at_most=1000)
     report: str | None = flag(
         None, "an HTML file to write: figures, and every answer; needs the extra `report`"
     )
@@ -111,7 +119,7 @@ def journal_settings_of(config: EvalConfig, systems: list[System]) -> dict:
     settings["annotate"] = ""
     if config.annotator == "local":
         settings["annotate"] = adapter_digest(Path(config.out) / "annotate" / "sft")
-    return settings
+    return settings | {"base": base_digest(config.model)}
 
 
 def read_curves(systems: list[System]) -> dict[str, list[dict]]:
@@ -149,10 +157,12 @@ def main():
     if config.correlate:
         print(agreement.correlate_ratings(config.correlate, config.seed))
         return
+    uses_endpoint = "endpoint" in (config.annotator, config.judge)
+    endpoint = Endpoint.of(config) if uses_endpoint else None
     device = ranks.join_ranks()
     systems = find_systems(config)
     wanted = journal_settings_of(config, systems)
-    cli.choose_dtype(config, device, journal_settings(config.folder, "answers", wanted))
+    cli.resolve_auto(config, device, journal_settings(config.folder, "answers", wanted))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     test = first(splits["test"], config.eval_dialogues)
@@ -160,10 +170,8 @@ def main():
     refuse_early(config)
 
     # Load the model, the annotator and the judge.
-    model, tokenizer = load(config.model, config.torch_dtype, device)
+    model, tokenizer = cli.load_model(config, device)
     loaded = load_systems(model, tokenizer, systems)
-    uses_endpoint = "endpoint" in (config.annotator, config.judge)
-    endpoint = Endpoint.of(config) if uses_endpoint else None
     annotator = make_annotator(config, model, tokenizer, endpoint)
     judge = make_judge(config, model, tokenizer, endpoint)
 
@@ -190,6 +198,8 @@ def main():
         bar.update()
     bar.close()
     ranks.wait_for_all()
+    if endpoint:
+        endpoint.print_unread()
     if ranks.rank() > 0:
         return
 

@@ -27,14 +27,14 @@ from typing import Literal
 from desc import DescError, cli
 from desc.esconv import first, load_splits
 from desc.evaluation.tables import mining_table
-from desc.flags import AskConfig, SampleConfig, TaskConfig, answer_settings, flag, parse
+from desc.flags import MANY, AskConfig, SampleConfig, TaskConfig, answer_settings, flag, parse
 from desc.judging import agreement
 from desc.judging.annotator import make_annotator
 from desc.judging.endpoint import Endpoint, EndpointSampler
 from desc.mining import ROUTINGS, Answer, account, annotate, answer_dialogue, route
-from desc.modeling import load
 from desc.sampling import LocalSampler
 from desc.storage.adapters import adapter_digest
+from desc.storage.base import base_digest
 from desc.storage.files import write_json, write_lines
 from desc.storage.journal import Journal, journal_settings, work_key
 from desc.strategies import Strategies, read_strategies
@@ -44,17 +44,20 @@ from desc.training import ranks
 @dataclass
 class MineConfig(SampleConfig, AskConfig, TaskConfig):
     train_dialogues: int = flag(
-        0, "training dialogues to mine, the first of the split; 0 means all", at_least=0
+        0,
+        "training dialogues to mine, the first of the split; 0 means all",
+        at_least=0,
+        at_most=MANY,
     )
     routing: Literal[ROUTINGS] = flag("released", "what makes a pair, and for which module")
     sampler: Literal["local", "endpoint"] = flag(
         "local", "who answers: --model with the adapters in OUT, or --endpoint"
     )
-    samples: int = flag(1, "answers per turn; equal ones make one pair", at_least=1)
+    samples: int = flag(1, "answers per turn; equal ones make one pair", at_least=1, at_most=1000)
     min_confidence: float = flag(
         0.0, "annotations that are less sure make no pair", at_least=0, at_most=1
     )
-    review: int = flag(0, "judged answers to write to OUT/review.csv", at_least=0)
+    review: int = flag(0, "judged answers to write to OUT/review.csv", at_least=0, at_most=MANY)
     agreement: str | None = flag(
         None, "a file with labels to hold against an annotator, instead of mining"
     )
@@ -127,7 +130,8 @@ def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:
     if config.annotator == "local":
         adapters.append("annotate")
     digests = [adapter_digest(adapter_folder(config, module)) for module in adapters]
-    return settings | {"adapters": digests}
+    base = base_digest(config.model) if config.loads_model else ""
+    return settings | {"adapters": digests, "base": base}
 
 
 def write_pairs(config: MineConfig, file: str, answered, strategies: Strategies) -> None:
@@ -150,17 +154,19 @@ def main():
     modules = ("sp", "rg") if config.together else (config.task,)
     wanted = journal_settings_of(config, modules)
     if config.loads_model:
-        cli.choose_dtype(config, device, journal_settings(folder, "answers", wanted))
+        cli.resolve_auto(config, device, journal_settings(folder, "answers", wanted))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
 
     model, tokenizer = None, None
     if config.loads_model:
-        model, tokenizer = load(config.model, config.torch_dtype, device)
+        model, tokenizer = cli.load_model(config, device)
     annotator = make_annotator(config, model, tokenizer, endpoint)
     if config.agreement:
         if ranks.rank() == 0:
             print(agreement.measure_agreement(config, splits["test"], strategies, annotator))
+        if endpoint:
+            endpoint.print_unread()
         return
     sampler = make_sampler(config, model, tokenizer, endpoint, modules, strategies)
 
@@ -187,6 +193,8 @@ def main():
     bar.close()
 
     ranks.wait_for_all()
+    if endpoint:
+        endpoint.print_unread()
     if ranks.rank() > 0:
         return
     answers_of = {}  # by key
@@ -195,7 +203,7 @@ def main():
     for split, file in (("train", "pairs.jsonl"), ("valid", "pairs.valid.jsonl")):
         answered = [(work[key], answers_of[key]) for key in work if split_of[key] == split]
         write_pairs(config, file, answered, strategies)
-    cli.save_config(config, config.folder)
+    cli.save_config(config, config.folder, settings["base"])
     if config.review:
         judged = [(work[key], answer) for key in work for answer in answers_of[key]]
         agreement.write_review(config.review_file, judged, config.review, config.seed)

@@ -19,18 +19,25 @@ from pathlib import Path
 
 import torch
 
-from desc import cli
+from desc import DescError, cli
 from desc.encoding import Item, mark_loss
 from desc.esconv import Dialogue, first, load_splits
-from desc.flags import TrainConfig, flag, parse
-from desc.lora import adapter_off, add_adapter
+from desc.flags import MANY, TrainConfig, flag, parse
+from desc.forward import sequence_logps
+from desc.lora import adapter_off, add_adapter, train_adapters
 from desc.losses import dpo_loss
 from desc.mining import Pair, encode_pair, read_pairs
-from desc.modeling import load, sequence_logps
+from desc.sampling import strategy_items
 from desc.storage.adapters import adapter_digest
 from desc.storage.checkpoint import checkpoint_settings
 from desc.strategies import Strategies, read_strategies
-from desc.training.batches import all_batches, make_batches, my_micro_batches, prepare_ahead
+from desc.training.batches import (
+    all_batches,
+    encode_all,
+    make_batches,
+    my_micro_batches,
+    prepare_ahead,
+)
 from desc.training.estimate import estimate
 from desc.training.ranks import gather_objects, join_ranks, sum_over_ranks, world_size
 from desc.training.run import (
@@ -59,18 +66,24 @@ METRICS = (
 
 @dataclass
 class DPOConfig(TrainConfig):
-    lr: float = flag(5e-6, "peak learning rate; a 135M model needs about 5e-5", at_least=0)
-    epochs: int = flag(1, "passes over the pairs", at_least=1)
+    lr: float = flag(
+        5e-6, "peak learning rate; a 135M model needs about 5e-5", at_least=0, at_most=1
+    )
+    epochs: int = flag(1, "passes over the pairs", at_least=1, at_most=1000)
     beta: float | None = flag(
         None,
         "strength of the pull to the reference; smaller moves further. None: sp 0.5, rg and vanilla"
         " 0.2",
+        at_least=1e-6,
+        at_most=100,
     )
     label_smoothing: float = flag(
         0.0, "share of pairs taken to be labelled the wrong way round", at_least=0, at_most=0.5
     )
     sft: str | None = flag(None, "folder of the SFT adapter; None: OUT/TASK/sft")
-    eval_pairs: int = flag(0, "validation pairs to score, the first; 0 means all", at_least=0)
+    eval_pairs: int = flag(
+        0, "validation pairs to score, the first; 0 means all", at_least=0, at_most=MANY
+    )
     pairs: str | None = flag(None, "folder with pairs.jsonl and pairs.valid.jsonl; None: OUT/TASK")
 
 
@@ -85,6 +98,23 @@ def find_pairs(config: DPOConfig) -> Path:
         folder = files("desc") / "data" / config.task
     print(f"uses the pairs in {folder}")
     return folder
+
+
+def drop_equal(items: list[Item], unit: str) -> list[Item]:
+    """The pairs whose answers differ. Equal ones teach nothing, because their loss is ln 2 and
+    their gradient 0 for any model, but a batch's loss would be divided by their number, too.
+
+    Prints how many are left out. Raises DescError if none is left."""
+    differing = [item for item in items if item.sequences[0] != item.sequences[1]]
+    if not differing:
+        raise DescError(
+            f"chosen and rejected are the same in all {len(items)} {unit}; there is nothing to"
+            " prefer"
+        )
+    if len(differing) < len(items):
+        left_out = len(items) - len(differing)
+        print(f"leaves out {left_out} of {len(items)} {unit}: chosen and rejected are the same")
+    return differing
 
 
 def pair_logps(model, forest: Forest) -> torch.Tensor:
@@ -158,7 +188,7 @@ def validate(
 def main():
     config = parse(DPOConfig)
     device, folder = join_ranks(), config.folder / "dpo"
-    cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
+    cli.resolve_auto(config, device, checkpoint_settings(folder / "checkpoints"))
     config.beta = BETA[config.task] if config.beta is None else config.beta
     source = find_pairs(config)
     strategies = read_strategies(config.strategies)
@@ -167,40 +197,46 @@ def main():
     pairs = read_pairs(source / "pairs.jsonl", config.task)
     valid_pairs = first(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
     empty = world_size() > 1 or config.estimate > 0
-    model, tokenizer = load(config.model, config.torch_dtype, device, empty)
+    model, tokenizer = cli.load_model(config, device, empty)
 
-    def encode_all(batch: list[Pair]) -> list[Item]:
-        return [encode_pair(tokenizer, pair, config.max_length) for pair in batch]
+    def encode(pair: Pair) -> Item:
+        return encode_pair(tokenizer, pair, config.max_length)
 
-    def prepare(batch: list[Pair]):
+    def prepare(batch: list[Item]):
         """The whole batch, and this rank's trees of it."""
-        items = encode_all(batch)
-        return items, my_micro_batches(model, items, config.share, config.max_tokens)
+        return batch, my_micro_batches(model, batch, config.share, config.max_tokens)
 
     if config.show_example:
-        (shown,) = encode_all(pairs[:1])
+        shown = encode(pairs[0])
         print("\n\n".join(mark_loss(tokenizer, sequence) for sequence in shown.sequences))
         return
     sft = Path(config.sft) if config.sft else config.folder / "sft"
     missing = f"the reference is the base model; first run train_sft.py --task {config.task}"
     cli.use_adapter(model, sft, "sft", None if config.sft else missing)
+    items = drop_equal(encode_all(encode, pairs, "pairs"), "pairs")
+    valid_items = drop_equal(
+        encode_all(encode, valid_pairs, "validation pairs"), "validation pairs"
+    )
+    if config.task in ("sp", "vanilla"):  # planner_scores reads these; here they are checked
+        strategy_items(tokenizer, config.task, valid_dialogues, strategies, config.max_length)
     torch.manual_seed(config.seed)
-    add_adapter(model, "dpo", config.rank, config.alpha, config.dropout)
+    add_adapter(model, "dpo", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:
-        print(estimate(model, config, map(encode_all, all_batches(pairs, config)), passes=2))
+        print(estimate(model, config, all_batches(items, config), passes=2))
         return
-    run = begin(model, config, pairs, "pairs", folder, device, adapter_digest(sft))
-    _, valid_micro_batches = prepare(valid_pairs)
-    known = score_reference(model, valid_micro_batches)
+    run = begin(model, config, items, "pairs", folder, device, adapter_digest(sft))
+    _, valid_micro_batches = prepare(valid_items)
+    # Both files may call a pair the same, so each has a dictionary of its own.
+    valid_known, known = score_reference(model, valid_micro_batches), {}
     if config.epochs > 1:  # pairs that come again are scored once
-        for batch in make_batches(pairs, config.batch_size, config.share, config.seed, epoch=0):
+        for batch in make_batches(items, config.batch_size, config.share, config.seed, epoch=0):
             known |= score_reference(model, prepare(batch)[1])
 
     def check() -> None:
         """Validate, and keep the best. A planner is judged by the likelihood of the human strategy,
         which over-correction harms (docs/tour.md)."""
         scores = validate(
-            model, tokenizer, config, valid_micro_batches, known, valid_dialogues, strategies
+            model, tokenizer, config, valid_micro_batches, valid_known, valid_dialogues, strategies
         )
         score = scores["valid/nll" if config.task == "sp" else "valid/loss"]
         keep_best(run, model, config, scores, score)
@@ -215,7 +251,7 @@ def main():
                 reference = look_up(known, members, device)
             else:
                 reference = reference_logps(model, forest)  # (B, 2)
-            model.train()
+            train_adapters(model)
             policy = pair_logps(model, forest)  # (B, 2): chosen, rejected
             if run.step == 0:
                 same = torch.equal(policy.nan_to_num(), reference.nan_to_num())

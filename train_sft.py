@@ -18,15 +18,16 @@ import torch
 from desc import DescError, cli
 from desc.encoding import Item, encode_example, mark_loss
 from desc.esconv import Dialogue, first, load_splits
-from desc.flags import TrainConfig, flag, parse
+from desc.flags import MANY, TrainConfig, flag, parse
+from desc.forward import sequence_logps
 from desc.judging.labels import balance, hold_out, read_labels
-from desc.lora import add_adapter
+from desc.lora import add_adapter, train_adapters
 from desc.losses import sft_loss
-from desc.modeling import load, sequence_logps
 from desc.prompts import TASKS, Example, build_examples
+from desc.sampling import strategy_items
 from desc.storage.checkpoint import checkpoint_settings
 from desc.strategies import Strategies, read_strategies
-from desc.training.batches import all_batches, my_micro_batches, prepare_ahead
+from desc.training.batches import all_batches, encode_all, my_micro_batches, prepare_ahead
 from desc.training.estimate import estimate
 from desc.training.ranks import join_ranks, sum_over_ranks, world_size
 from desc.training.run import (
@@ -43,10 +44,15 @@ from desc.training.validation import planner_scores
 
 @dataclass
 class SFTConfig(TrainConfig):
-    lr: float = flag(1e-5, "peak learning rate; a 135M model needs about 5e-4", at_least=0)
-    epochs: int = flag(3, "passes over the training dialogues", at_least=1)
+    lr: float = flag(
+        1e-5, "peak learning rate; a 135M model needs about 5e-4", at_least=0, at_most=1
+    )
+    epochs: int = flag(3, "passes over the training dialogues", at_least=1, at_most=1000)
     train_dialogues: int = flag(
-        0, "training dialogues to use, the first of the split; 0 means all", at_least=0
+        0,
+        "training dialogues to use, the first of the split; 0 means all",
+        at_least=0,
+        at_most=MANY,
     )
     task: Literal[(*TASKS, "annotate")] = field(
         kw_only=True, metadata={"help": "planner, generator, both in one model, or annotator"}
@@ -114,36 +120,38 @@ def validate(
 def main():
     config = parse(SFTConfig)
     device, folder = join_ranks(), config.folder / "sft"
-    cli.choose_dtype(config, device, checkpoint_settings(folder / "checkpoints"))
+    cli.resolve_auto(config, device, checkpoint_settings(folder / "checkpoints"))
     strategies = read_strategies(config.strategies)
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     valid_dialogues = first(splits["valid"], config.eval_dialogues)
     examples, valid_examples = find_examples(config, splits, strategies)
     empty = world_size() > 1 or config.estimate > 0
-    model, tokenizer = load(config.model, config.torch_dtype, device, empty)
+    model, tokenizer = cli.load_model(config, device, empty)
 
-    def encode_all(batch: list[Example]) -> list[Item]:
-        return [encode_example(tokenizer, example, config.max_length) for example in batch]
+    def encode(example: Example) -> Item:
+        return encode_example(tokenizer, example, config.max_length)
 
-    def prepare(batch: list[Example]):
+    def prepare(batch: list[Item]):
         """The whole batch, which says what to divide by, and this rank's trees of it."""
-        items = encode_all(batch)
-        return items, my_micro_batches(model, items, config.share, config.max_tokens)
+        return batch, my_micro_batches(model, batch, config.share, config.max_tokens)
 
     if config.show_example:
-        print(mark_loss(tokenizer, encode_all(examples[:1])[0].sequences[0]))
+        print(mark_loss(tokenizer, encode(examples[0]).sequences[0]))
         return
+    items = encode_all(encode, examples, "turns")
+    valid_items = encode_all(encode, valid_examples, "validation turns")
+    if config.task in ("sp", "vanilla"):  # planner_scores reads these; here they are checked
+        strategy_items(tokenizer, config.task, valid_dialogues, strategies, config.max_length)
     torch.manual_seed(config.seed)
-    add_adapter(model, "sft", config.rank, config.alpha, config.dropout)
+    add_adapter(model, "sft", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:
-        print(estimate(model, config, map(encode_all, all_batches(examples, config)), passes=1))
+        print(estimate(model, config, all_batches(items, config), passes=1))
         return
-    valid_items = encode_all(valid_examples)
-    run = begin(model, config, examples, "turns", folder, device)
+    run = begin(model, config, items, "turns", folder, device)
 
     for batch, micro_batches in prepare_ahead(prepare, run.batches[run.step :]):
         seed_dropout(run, config)
-        model.train()
+        train_adapters(model)
         tokens = count_tokens(batch)  # of the whole global batch, before any backward
         total, nodes = 0.0, 0
         for members, forest in micro_batches:  # this rank's trees

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from desc import attention, cli
 from desc.encoding import Item
 from desc.esconv import Dialogue, load_splits
-from desc.flags import TaskConfig, flag, parse
+from desc.flags import MANY, TaskConfig, flag, parse
 from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
 from desc.storage import zoo
 from desc.strategies import read_strategies
@@ -38,20 +38,27 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 @dataclass
 class Config(TaskConfig):
-    dialogues: int = flag(2, "training dialogues whose turns are read, of typical lengths")
+    dialogues: int = flag(
+        2, "training dialogues whose turns are read, of typical lengths", at_least=1, at_most=MANY
+    )
     contenders: str = flag(
         "compiled,dialogue,pair,none,trl" if CUDA else "dialogue,pair,none,trl",
         "which to run; compiled is dialogue with --compile, on a GPU",
     )
     repeats: int = flag(
-        3, "times that ours reads all of it when sharing by dialogue; the median counts"
+        3,
+        "times that ours reads all of it when sharing by dialogue; the median counts",
+        at_least=1,
+        at_most=1000,
     )
-    tries: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8],
-        metadata={"help": "TRL's batch sizes to try, all on the same few examples"},
+    tries: list[int] = flag(
+        [1, 2, 4, 8],
+        "TRL's batch sizes to try, all on the same few examples",
+        at_least=1,
+        at_most=MANY,
     )
-    trl_batch_size: int = flag(0, "TRL's batch size; 0 tries some")
-    some: int = flag(0, "examples to use, evenly spaced; 0 takes all")
+    trl_batch_size: int = flag(0, "TRL's batch size; 0 tries some", at_least=0, at_most=MANY)
+    some: int = flag(0, "examples to use, evenly spaced; 0 takes all", at_least=0, at_most=MANY)
     contender: str | None = flag(
         None, "run this one alone and print JSON (what the others are started with)"
     )
@@ -233,7 +240,7 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
     counts how often the products with the weights are done for a token that is read: forwards, and
     the input's gradient."""
     config = parse(Config)
-    cli.choose_dtype(config, DEVICE)
+    cli.resolve_auto(config, DEVICE)
     if config.contender:
         things, peak = (
             make(config, typical(training_dialogues(config), config.dialogues)),

@@ -19,10 +19,10 @@ from contest import compete, make_model, make_tokenizer, read_ours, train_trl
 
 from desc.encoding import Item
 from desc.esconv import Dialogue
+from desc.forward import sequence_logps
 from desc.lora import adapter_off
 from desc.losses import dpo_loss
 from desc.mining import Pair, encode_pair
-from desc.modeling import sequence_logps
 from desc.prompts import build_examples
 from desc.strategies import read_strategies
 from desc.tree import Forest

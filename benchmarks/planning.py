@@ -17,8 +17,7 @@ from tqdm import tqdm
 from desc import cli
 from desc.encoding import encode_prompt
 from desc.esconv import load_splits
-from desc.flags import DataConfig, flag, parse
-from desc.modeling import load
+from desc.flags import MANY, DataConfig, flag, parse
 from desc.prompts import build_messages
 from desc.sampling import score_strategies
 from desc.strategies import read_strategies
@@ -26,18 +25,18 @@ from desc.strategies import read_strategies
 
 @dataclass
 class Config(DataConfig):
-    turns: int = flag(60, "turns to write strategies for")
+    turns: int = flag(60, "turns to write strategies for", at_least=1, at_most=MANY)
 
 
 def main():
     config = parse(Config)
-    cli.choose_dtype(config, DEVICE)
+    cli.resolve_auto(config, DEVICE)
     print(machine(config))
     strategies = read_strategies(config.strategies)
     test = load_splits(config.data, config.split_file, strategies, config.seed)["test"][
         : config.eval_dialogues or None
     ]
-    model, tokenizer = load(config.model, config.torch_dtype, DEVICE)
+    model, tokenizer = cli.load_model(config, DEVICE)
     cli.use_adapter(model, Path(config.out) / "sp" / "sft", "sp", "the base model plans")
 
     # warm

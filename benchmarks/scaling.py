@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from contest import CUDA, DEVICE, machine, now, training_dialogues
@@ -24,9 +24,8 @@ from dpo_step import encode_pairs, loss_of, make_pairs
 
 from desc import cli
 from desc.esconv import Dialogue
-from desc.flags import TaskConfig, flag, parse
+from desc.flags import MANY, TaskConfig, flag, parse
 from desc.lora import add_adapter
-from desc.modeling import load
 from desc.storage.files import write_lines
 from desc.tree import SHARING, pack
 
@@ -37,15 +36,12 @@ SCRIPT = Path(__file__).parents[1] / "train_dpo.py"
 
 @dataclass
 class Config(TaskConfig):
-    turns: list[int] = field(
-        default_factory=lambda: [5, 10, 20, 40, 60],
-        metadata={"help": "supporter turns of the dialogues"},
+    turns: list[int] = flag(
+        [5, 10, 20, 40, 60], "supporter turns of the dialogues", at_least=1, at_most=10_000
     )
-    processes: list[int] = field(
-        default_factory=lambda: [1, 2], metadata={"help": "numbers of processes"}
-    )
+    processes: list[int] = flag([1, 2], "numbers of processes", at_least=1, at_most=1000)
     plot: str | None = flag(None, "a file for the figure")
-    max_length: int = flag(8192, "tokens of prompt and completion")
+    max_length: int = flag(8192, "tokens of prompt and completion", at_least=1, at_most=MANY)
 
 
 def lay_end_to_end(dialogues: list[Dialogue], turns: int) -> Dialogue:
@@ -69,7 +65,7 @@ def cost_of_dialogue(model, tokenizer, config, dialogue: Dialogue, share: str) -
 
 def lengthen(config) -> dict[str, list[tuple[float, int]]]:
     """What each length costs, by way of sharing."""
-    model, tokenizer = load(config.model, config.torch_dtype, DEVICE)
+    model, tokenizer = cli.load_model(config, DEVICE)
     add_adapter(model, "dpo")
     dialogues = [lay_end_to_end(training_dialogues(config), turns) for turns in config.turns]
     # the first reading is slow
@@ -147,7 +143,7 @@ def draw(config, costs: dict[str, list[tuple[float, int]]], steps: list[float]) 
 
 def main():
     config = parse(Config)
-    cli.choose_dtype(config, DEVICE)
+    cli.resolve_auto(config, DEVICE)
     print(machine(config))
     costs = lengthen(config)
     lines = [

@@ -14,8 +14,8 @@ from contest import compete, make_tokenizer, read_ours, train_trl
 
 from desc.encoding import Item, TokenSequence, encode_example, end_of_turn
 from desc.esconv import Dialogue
+from desc.forward import sequence_logps
 from desc.losses import sft_loss
-from desc.modeling import sequence_logps
 from desc.prompts import Example, build_examples
 from desc.strategies import read_strategies
 from desc.tree import Forest

@@ -8,10 +8,13 @@ The method, in reading order; each file imports only those above it
     strategies    the taxonomy, as a value
     esconv        dialogues and their splits
     prompts       (task, dialogue, turn) -> messages and completion
+    templates     how a model's own chat template renders a conversation
     encoding      messages -> token ids
     tree          token sequences -> a forest of prefix trees, packed under a token budget
     attention     attention over the tree: FlexAttention on a GPU, blockwise on a CPU
-    modeling      a model, and the log-probabilities of a forest's sequences
+    forward       the one forward pass, and the log-probabilities of a forest's sequences
+    exactness     the proof, on the model at hand, that a tree is exact
+    modeling      loading a model, and refusing one whose files are not whole
     lora          adapters: the layer, switching, stacking, merging
     losses        SFT and DPO, pure functions of log-probabilities
     sampling      exact distributions over strategies; replies that grow on the tree

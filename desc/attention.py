@@ -41,8 +41,8 @@ def flex_mask(forest: Forest, window: int | None = None) -> BlockMask:
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Transformers' attention interface: query (B, H, N, D), key and value (B, G, L, D) ->
-    (B, N, H, D), None.
+    """Transformers' attention interface: query (B, H, N, D), key (B, G, L, D) and
+    value (B, G, L, E) -> (B, N, H, E), None.
 
     A forest (B = 1, N = L) comes with a BlockMask, or on the CPU with a bool mask (1, 1, N, N).
     Anything else, such as generation with its cache, goes through SDPA. Raises DescError for
@@ -99,10 +99,12 @@ def mask_blocks(mask: SameMemory, dtype: torch.dtype) -> list[tuple[slice, slice
 class BlockAttention(torch.autograd.Function):
     """softmax(scaling · q kᵀ) v, one block of queries after another.
 
-    query (1, H, N, D), key and value (1, G, N, D), bool mask (1, 1, N, N) -> (1, N, H, D). Forward
-    is SDPA on each block. SDPA's backward is slow on the CPU, so ours is written out. It computes
-    the weights w again instead of keeping them: a DPO step is then 1.3 times as fast as with plain
-    products. With s = scaling · q kᵀ, w = softmax(s), o = w v:
+    query (1, H, N, D), key (1, G, N, D), value (1, G, N, E), bool mask (1, 1, N, N) ->
+    (1, N, H, E).
+
+    Forward is SDPA on each block. SDPA's backward is slow on the CPU, so ours is written out. It
+    computes the weights w again instead of keeping them: a DPO step is then 1.3 times as fast as
+    with plain products. With s = scaling · q kᵀ, w = softmax(s), o = w v:
 
         dv = wᵀ do,  dw = do vᵀ,  ds = w (dw − Σ w dw),  dq = scaling · ds k,  dk = scaling · dsᵀ q
     """
@@ -111,7 +113,7 @@ class BlockAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, scaling):
         ctx.save_for_backward(query, key, value, mask)
         ctx.scaling = scaling
-        output = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         for queries, keys, hidden in mask_blocks(SameMemory(mask), query.dtype):
             q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
             o = F.scaled_dot_product_attention(q, k, v, hidden, scale=scaling, enable_gqa=True)
@@ -124,7 +126,7 @@ class BlockAttention(torch.autograd.Function):
         (_, heads, nodes, width), groups = query.shape, key.shape[1]
         # G groups of H/G heads that share a key
         query = (query[0] * ctx.scaling).view(groups, heads // groups, nodes, width)
-        doutput = doutput[0].transpose(0, 1).view(groups, heads // groups, nodes, width)
+        doutput = doutput[0].transpose(0, 1).unflatten(0, (groups, -1))
         dquery = query.new_empty(query.shape)
         dkey, dvalue = (x.new_zeros(x.shape[1:], dtype=torch.float32) for x in (key, value))
         for queries, keys, hidden in mask_blocks(SameMemory(mask), query.dtype):

@@ -1,11 +1,13 @@
 """What the five scripts share while they run: dtype, progress, adapters, errors in one line."""
 
+import json
 import os
 import signal
 import sys
 import time
 import traceback
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -15,27 +17,41 @@ from transformers.utils import logging
 from desc import DescError, __version__
 from desc.flags import Config
 from desc.lora import load_adapter
-from desc.modeling import native_dtype
-from desc.storage.adapters import has_adapter
-from desc.storage.files import write_json
+from desc.modeling import load, native_dtype
+from desc.storage.adapters import base_name, has_adapter
+from desc.storage.base import base_digest
+from desc.storage.files import read_text, write_json
 from desc.training import ranks
 
 
-def choose_dtype(config: Config, device: torch.device, begun: dict | None = None) -> None:
-    """Replace `--dtype auto`, and print what this run computes in, and where.
+def resolve_auto(config: Config, device: torch.device, begun: dict | None = None) -> None:
+    """Replace `--dtype auto` and `--date auto`, and print what this run computes in, and where.
 
-    A run that goes on keeps the dtype that it was `begun` with (its settings), so that it may go on
-    on another kind of machine. Any other takes what `device` multiplies natively."""
+    A run that goes on keeps the dtype and the date that it was `begun` with (its settings), so that
+    it may go on another day, on another kind of machine. Any other takes what `device` multiplies
+    natively, and today. Raises DescError if --date is no date."""
+    native = str(native_dtype(device)).removeprefix("torch.")
+    chosen = {"dtype": native, "date": date.today().isoformat()}
+    chosen = ranks.gather_objects({**chosen, **(begun or {})})[0]  # all ranks follow the first
     why = ""
     if config.dtype == "auto":
-        native = str(native_dtype(device)).removeprefix("torch.")
-        chosen = (begun or {}).get("dtype", native)
-        config.dtype = ranks.gather_objects(chosen)[0]  # all ranks follow the first
+        config.dtype = chosen["dtype"]
         if config.dtype != native:
             why = ", as this run was begun"
         elif native == "float32":
             why = ", because bfloat16 would be emulated here"
+    if config.date == "auto":
+        config.date = chosen["date"]
+    try:
+        date.fromisoformat(config.date)
+    except ValueError:
+        raise DescError(f"--date {config.date}: should be auto or a date like 2026-01-31") from None
     print(f"{config.model} computes in {config.dtype} on {device.type}{why}")
+
+
+def load_model(config: Config, device: torch.device, empty: bool = False):
+    """(model, tokenizer) as the flags say; desc.modeling.load says what `empty` means."""
+    return load(config.model, config.torch_dtype, device, empty, config.max_length, config.date)
 
 
 def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
@@ -69,8 +85,10 @@ def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) ->
     """Attach the adapter in `folder`, frozen. Returns whether there is one. Prints which adapter is
     used, or what happens `otherwise`.
 
-    Raises DescError if there is none and `otherwise` is None."""
+    Raises DescError if there is none and `otherwise` is None, or if it was trained on another
+    base."""
     if has_adapter(folder):
+        refuse_other_base(model, folder)
         print(f"uses the adapter {folder}")
         load_adapter(model, folder, name)
         return True
@@ -80,9 +98,27 @@ def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) ->
     return False
 
 
-def save_config(config, folder: Path) -> None:
-    """config.json: the flags and versions that made what lies in `folder`."""
-    versions = {"desc": __version__, "torch": torch.__version__}
+def refuse_other_base(model, folder: Path) -> None:
+    """Raises DescError if the adapter in `folder` was trained on another base than `model`.
+
+    Beside our own adapters stands the base's digest. Of others only the base's name is known, and a
+    model may have several, so another name is only printed."""
+    saved = folder / "config.json"
+    made_for = json.loads(read_text(saved)).get("base") if saved.exists() else None
+    if made_for and made_for != base_digest(model.name_or_path):
+        raise DescError(
+            f"{folder}: was trained on another base than {model.name_or_path}; give its --model, or"
+            f' delete "base" from {saved} if you know that the weights are the same'
+        )
+    name = base_name(folder)
+    if not made_for and name and Path(name).name != Path(model.name_or_path).name:
+        print(f"{folder}: was trained on {name}; {model.name_or_path} should be the same model")
+
+
+def save_config(config, folder: Path, base: str = "") -> None:
+    """config.json: the flags, versions and base model (its digest) that made what lies in
+    `folder`."""
+    versions = {"desc": __version__, "torch": torch.__version__, "base": base}
     write_json(folder / "config.json", versions | asdict(config))
 
 

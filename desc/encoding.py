@@ -3,13 +3,11 @@
 Prompt and completion are tokenised apart, so no token can straddle their boundary (trl#2054)."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
-
-from jinja2 import TemplateError
 
 from desc import DescError
 from desc.prompts import Example, Messages, drop_oldest
+from desc.templates import control_tokens, defuse, form_of, render
 
 
 class TokenSequence(NamedTuple):
@@ -31,53 +29,31 @@ class Item:
     turns_cut: int = 0  # exchanges dropped from the start to fit
 
 
-@lru_cache
-def end_of_turn(tokenizer) -> int:
-    """The token with which this model's chat template ends an assistant's message. It may be
-    another than the eos token, as with Gemma.
-
-    Raises DescError if the template ends a message with no special token."""
-    mark = "desc"
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    after_mark = text[text.rindex(mark) + len(mark) :]
-    tail = tokenizer(after_mark, add_special_tokens=False).input_ids
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    ends = [token for token in tail if token in special]
-    if not ends:
-        raise DescError(
-            "this model's chat template ends an assistant's message with no special token; use an"
-            " instruct model"
-        )
-    return ends[0]
-
-
-@lru_cache
-def _special_texts(tokenizer) -> tuple[str, ...]:
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    return tuple({*tokenizer.all_special_tokens, *added})
-
-
-def _plain(tokenizer, text: str) -> str:
-    """The text with every special token in it broken by a blank. Utterances are data: "<|im_end|>"
-    typed by a seeker must not end a turn."""
-    for special in _special_texts(tokenizer):
-        if len(special) > 1 and not special.isspace():
-            text = text.replace(special, special[0] + " " + special[1:])
-    return text
-
-
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:
-    """The chat template's text up to where the assistant begins to write, as token ids."""
-    plain = [{**message, "content": _plain(tokenizer, message["content"])} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError) as error:
-        raise DescError(
-            f"the model's chat template cannot render these messages ({error}); use an instruct"
-            " model"
-        ) from None
-    return tokenizer(text, add_special_tokens=False).input_ids
+    """The chat template's text up to where the assistant begins to write, as token ids.
+
+    Raises DescError if the template cannot render these messages."""
+    plain = [{**message, "content": defuse(tokenizer, message["content"])} for message in messages]
+    return tokenizer(render(tokenizer, plain), add_special_tokens=False).input_ids
+
+
+def encode_completion(tokenizer, text: str, end: bool) -> list[int]:
+    """What the assistant writes, as token ids, with the end-of-turn token if `end`."""
+    form = form_of(tokenizer)
+    if not (text or end):
+        return []
+    text = form.lead + defuse(tokenizer, text.strip() if form.strips else text)
+    if not end:
+        return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(text + form.trail, add_special_tokens=False).input_ids + [form.end]
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    """What a model wrote, without control tokens, and without blanks around it."""
+    control = control_tokens(tokenizer)
+    written = [token for token in ids if token not in control]
+    # the clean-up would turn "do n't" into "don't"
+    return tokenizer.decode(written, clean_up_tokenization_spaces=False).strip()
 
 
 def encode(
@@ -95,11 +71,7 @@ def encode(
     `end=False` leaves the end-of-turn token out, because the completion goes on (the tag of
     "[strategy] reply"). Raises DescError if the system message, the latest turn and the completion
     alone are too long."""
-    ending = [end_of_turn(tokenizer)] if end else []
-    tails = [
-        tokenizer(_plain(tokenizer, text), add_special_tokens=False).input_ids + ending
-        for text in completions
-    ]
+    tails = [encode_completion(tokenizer, text, end) for text in completions]
     longest, kept, cut = max(map(len, tails)), messages, 0
     while len(prompt := encode_prompt(tokenizer, kept)) + longest > max_length:
         kept, cut = drop_oldest(kept), cut + 1
@@ -120,4 +92,7 @@ def encode_example(tokenizer, example: Example, max_length: int) -> Item:
 
 def mark_loss(tokenizer, sequence: TokenSequence) -> str:
     """The sequence as text, with the part that carries loss between » and «."""
-    return f"{tokenizer.decode(sequence.prompt)}»{tokenizer.decode(sequence.completion)}«"
+    prompt, completion = (
+        tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in sequence
+    )
+    return f"{prompt}»{completion}«"

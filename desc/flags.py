@@ -1,7 +1,6 @@
 """The flags of the scripts: one dataclass for each kind of script, and how a command line becomes
 one."""
 
-import math
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
@@ -15,10 +14,18 @@ from desc import DescError
 from desc.prompts import TASKS
 from desc.tree import SHARING
 
+MANY = 1_000_000  # dialogues, tokens or steps: no run has more, so a larger number is a slip
 
-def flag(default, text: str, at_least: float = -math.inf, at_most: float = math.inf):
-    """A field of a configuration: its default, what it does, and the range of a number."""
-    return field(default=default, metadata={"help": text, "range": (at_least, at_most)})
+
+def flag(default, text: str, at_least: float | None = None, at_most: float | None = None):
+    """A field of a configuration: its default, what it does, and the range of a number, or of each
+    number of a list.
+
+    Every number has both ends, because nan and inf are then out of range."""
+    metadata = {"help": text, "range": (at_least, at_most)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -43,6 +50,13 @@ class Config:
         2048,
         "tokens of prompt and completion; a longer dialogue loses its oldest exchanges",
         at_least=1,
+        at_most=MANY,
+    )
+
+    date: str = flag(
+        "auto",
+        "what the model's chat template takes for today if it tells the date; auto is the day on"
+        " which a run begins",
     )
 
     @property
@@ -61,13 +75,17 @@ class DataConfig(Config):
         None, "JSON with the indices of train, valid and test; without it a seeded 8:1:1"
     )
     eval_dialogues: int = flag(
-        0, "held-out dialogues to use, the first of their split; 0 means all", at_least=0
+        0,
+        "held-out dialogues to use, the first of their split; 0 means all",
+        at_least=0,
+        at_most=MANY,
     )
     max_tokens: int = flag(
         1024,
         "tree nodes in one forward pass, or twice the longest sequence where that is more; less"
         " needs less memory",
         at_least=1,
+        at_most=MANY,
     )
 
 
@@ -76,14 +94,14 @@ class SampleConfig(Config):
     """Flags of the scripts that let a model answer. The defaults are the paper's, but for the
     length, which it leaves open."""
 
-    temperature: float = flag(0.7, "of sampling; 0 takes the most likely", at_least=0)
+    temperature: float = flag(0.7, "of sampling; 0 takes the most likely", at_least=0, at_most=10)
     top_p: float = flag(
         0.95,
         "of sampling: only the likeliest tokens, or strategies, that hold this mass",
         at_least=1e-6,
         at_most=1,
     )
-    max_new_tokens: int = flag(128, "the longest reply", at_least=1)
+    max_new_tokens: int = flag(128, "the longest reply", at_least=1, at_most=65_536)
 
 
 @dataclass
@@ -100,13 +118,27 @@ class AskConfig(DataConfig):
     endpoint_model: str = flag(
         "", "the model's name there; {task} in it stands for sp, rg, vanilla, annotate or judge"
     )
-    concurrency: int = flag(8, "calls to the endpoint at a time", at_least=1)
-    timeout: float = flag(120, "seconds to wait for an answer of the endpoint", at_least=1)
+    template_options: str | None = flag(
+        None,
+        "a JSON object for the endpoint's chat template, such as '{\"enable_thinking\": false}'",
+    )
+    annotator_tokens: int = flag(
+        1024,
+        "the most that an annotator behind the endpoint may write, thoughts included; an answer"
+        " that was cut off gets four times as much room, once",
+        at_least=16,
+        at_most=65_536,
+    )
+    concurrency: int = flag(8, "calls to the endpoint at a time", at_least=1, at_most=1000)
+    timeout: float = flag(
+        120, "seconds that a call to the endpoint may take", at_least=1, at_most=86_400
+    )
     max_calls: int = flag(
         0,
         "calls to the endpoint that this run may make on all ranks, retries counted; 0 sets no"
         " limit",
         at_least=0,
+        at_most=1000 * MANY,
     )
 
 
@@ -132,12 +164,18 @@ class TrainConfig(TaskConfig):
         "examples (SFT) or pairs (DPO) in a step; with --share dialogue whole dialogues, as near to"
         " it as they come",
         at_least=1,
+        at_most=MANY,
+    )
+    targets: list[str] = flag(
+        [], "last names of the linear layers with adapters; none: all layers of the decoder"
     )
     share: Literal[SHARING] = flag(
         "dialogue", "which equal prefixes are read once; the loss of given examples is the same"
     )
-    rank: int = flag(16, "LoRA's r", at_least=1)
-    alpha: float = flag(16, "LoRA's alpha; the update is scaled by alpha / rank")
+    rank: int = flag(16, "LoRA's r", at_least=1, at_most=4096)
+    alpha: float = flag(
+        16, "LoRA's alpha; the update is scaled by alpha / rank", at_least=1e-6, at_most=10_000
+    )
     dropout: float = flag(
         0.05, "on the input of the adapters that are trained", at_least=0, at_most=0.99
     )
@@ -147,14 +185,25 @@ class TrainConfig(TaskConfig):
         at_least=0,
         at_most=1,
     )
-    weight_decay: float = flag(0.0, "AdamW's, on the adapters", at_least=0)
-    max_grad_norm: float = flag(1.0, "gradients of a larger norm are scaled down to it", at_least=0)
-    eval_every: int = flag(50, "steps between scores on validation dialogues", at_least=0)
+    weight_decay: float = flag(0.0, "AdamW's, on the adapters", at_least=0, at_most=100)
+    max_grad_norm: float = flag(
+        1.0,
+        "gradients of a larger norm are scaled down to it; 0 means no clipping",
+        at_least=0,
+        at_most=MANY,
+    )
+    eval_every: int = flag(
+        50,
+        "steps between scores on validation dialogues; 0 means after the last step alone",
+        at_least=0,
+        at_most=MANY,
+    )
     save_every: int = flag(
         50,
         "steps between checkpoints; a run that was killed goes on from the last when it is started"
-        " again",
+        " again; 0 means on SIGTERM alone",
         at_least=0,
+        at_most=MANY,
     )
     recompute: bool = flag(
         False,
@@ -173,6 +222,7 @@ class TrainConfig(TaskConfig):
         "print what the run costs on that many ranks (bytes per rank, steps, tokens), without"
         " loading weights, and stop",
         at_least=0,
+        at_most=10_000,
     )
     show_example: bool = flag(
         False, "print the first example, what carries loss between » and «, and stop"
@@ -198,14 +248,28 @@ def parse(kind):
     parser = Parser(kind, description=description, formatter_class=HelpFormatter)
     config = kind(**vars(parser.parse_args()))
     for flagged in fields(config):
-        low, high = flagged.metadata.get("range", (-math.inf, math.inf))
+        low, high = flagged.metadata.get("range", (None, None))
         value = getattr(config, flagged.name)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            allowed = f"from {low} to {high}"
-            if high == math.inf:
-                allowed = "a number" if low == -math.inf else f"at least {low}"
-            raise DescError(f"--{flagged.name.replace('_', '-')} {value}: should be {allowed}")
+        if low is None or value is None:  # no number, or none given
+            continue
+        for number in value if isinstance(value, list) else [value]:
+            if not low <= number <= high:
+                name = flagged.name.replace("_", "-")
+                raise DescError(f"--{name} {number}: should be from {low} to {high}")
     return config
+
+
+def training_settings(config: TrainConfig) -> dict:
+    """The flags that must be those of the checkpoint from which a run goes on. The others change no
+    step of it, up to rounding and the draws of dropout."""
+    # Where things lie. The content of --sft is compared by its digest.
+    free = {"out", "sft"}
+    # In what pieces a batch is computed, and how. Other pieces round and drop in other ways.
+    free |= {"max_tokens", "recompute", "compile"}
+    # When the run is scored and saved. With another --eval-every the best adapter is chosen among
+    # other steps. --keep is not free, because the best adapter already lies where it says.
+    free |= {"eval_every", "save_every"}
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def answer_settings(config, *irrelevant: str) -> dict:

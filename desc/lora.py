@@ -7,6 +7,7 @@ adapter changes nothing, to the bit. On disk they are PEFT's (desc/storage/adapt
 
 import math
 import re
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from desc import DescError
+from desc.forward import decoder_blocks
 from desc.storage.adapters import PREFIX, read_adapter, write_adapter
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Adapter(nn.Module):
@@ -79,6 +79,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     }
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """All linear layers, with adapters or without, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
 def _attach(model, module_name: str, name: str, rank: int, alpha: float, dropout: float) -> Adapter:
     layer = model.get_submodule(module_name)
     if not isinstance(layer, LoRALinear):
@@ -91,24 +96,40 @@ def _attach(model, module_name: str, name: str, rank: int, alpha: float, dropout
 
 
 def add_adapter(
-    model, name: str, rank: int = 16, alpha: float = 16, dropout: float = 0.0, targets=TARGETS
+    model,
+    name: str,
+    rank: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: Sequence[str] = (),
 ) -> None:
-    """Freeze the model and put a fresh, trainable adapter on every linear layer whose last name is
-    in `targets`.
+    """Freeze the model and put a fresh, trainable adapter on linear layers of its decoder: on those
+    whose last name is in `targets`, or on all if that is empty. The head is no part of the decoder.
+    A module that is no model of Transformers counts as a decoder.
 
-    Raises DescError if a target names no layer."""
-    linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+    Raises DescError if a target names no layer, or if there is none at all."""
+    decoder = decoder_blocks(model) if hasattr(model, "config") else model
+    inside = set(decoder.modules())
+    linears = [name for name, module in linear_layers(model).items() if module in inside]
     last_names = {module_name.rpartition(".")[2] for module_name in linears}
     missing = set(targets) - last_names
-    if missing:
+    if missing or not linears:
         raise DescError(
-            f"no linear layer is called {', '.join(sorted(missing))}; this model has"
-            f" {', '.join(sorted(last_names))}"
+            f"no linear layer of the decoder is called {', '.join(sorted(missing)) or 'anything'};"
+            f" this model has {', '.join(sorted(last_names)) or 'none'}"
         )
     model.requires_grad_(False)
     for module_name in linears:
-        if module_name.rpartition(".")[2] in targets:
+        if not targets or module_name.rpartition(".")[2] in targets:
             _attach(model, module_name, name, rank, alpha, dropout)
+
+
+def train_adapters(model) -> None:
+    """Put the adapters in training mode, in which they drop inputs, and the base in eval mode. Its
+    own dropout would keep a policy from equalling its reference."""
+    model.eval()
+    for layer in lora_layers(model).values():
+        layer.adapters.train()
 
 
 @contextmanager
@@ -173,9 +194,17 @@ def export_adapters(model, gather=lambda tensor: tensor) -> tuple[dict, dict[str
         "base_model_name_or_path": model.name_or_path,
         "r": rank,
         "lora_alpha": scale * rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "target_modules": target_modules(model, list(layers)),
     }
     return settings, halves
+
+
+def target_modules(model, names: list[str]) -> list[str]:
+    """What PEFT calls the layers `names`: their last names, or if other linear layers have such a
+    name, too, their whole names."""
+    last_names = sorted({name.rpartition(".")[2] for name in names})
+    same = targeted(linear_layers(model), last_names) == set(names)
+    return last_names if same else sorted(names)
 
 
 def save_adapter(model, folder: str | Path) -> None:
@@ -192,7 +221,7 @@ def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) 
     (vllm#34186)."""
     folder = Path(folder)
     settings, tensors = read_adapter(folder)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = linear_layers(model)
     halves = match_halves(folder, tensors, linears, settings["r"])
     # PEFT may have been told to leave layers out; then it cannot be known which are missing.
     partial = settings.get("layers_to_transform") is not None or settings.get("exclude_modules")
@@ -241,4 +270,7 @@ def targeted(linears: dict[str, nn.Linear], targets: list[str] | str) -> set[str
     whole name; a list holds ends of names."""
     ends = targets if isinstance(targets, list) else []
     rule = rf"(.*\.)?({'|'.join(map(re.escape, ends))})" if ends else targets
-    return {name for name in linears if re.fullmatch(rule, name)} if rule else set()
+    try:
+        return {name for name in linears if re.fullmatch(rule, name)} if rule else set()
+    except re.error as error:
+        raise DescError(f"target_modules {targets!r} is no regular expression ({error})") from None

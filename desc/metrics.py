@@ -11,6 +11,14 @@ import numpy as np
 
 from desc.strategies import ESCONV, Strategies
 
+# No interval is computed from fewer groups. Four give 35 different resamples only, and an interval
+# of 95 % covers only 70 to 90 % at five (simulated as in tests/test_metrics.py).
+FEWEST_GROUPS = 5
+NO_INTERVAL = (
+    f"Values from fewer than {FEWEST_GROUPS} dialogues have no interval: it would claim a certainty"
+    " that they do not give."
+)
+
 
 def confusion(
     gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV
@@ -110,9 +118,30 @@ def resample(groups: Sequence[np.ndarray], samples: int = 1000, seed: int = 0) -
     return np.tensordot(times_drawn, np.stack(groups), axes=1)
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of a statistic's values (samples,) on `resample`'s sums."""
-    return tuple(float(x) for x in np.percentile(values, [2.5, 97.5]))
+def interval(
+    resampled: np.ndarray, groups: int, biased_estimate: float | None = None
+) -> tuple[float, float] | None:
+    """The 95 % interval of a statistic, from its values (samples,) on resamples of `groups` groups.
+
+    It is the percentile interval. Values of nan, where a statistic is undefined, do not count. None
+    if none is left, or if there are fewer than FEWEST_GROUPS groups.
+
+    B is biased upwards on few turns, and resampling adds the same bias once more. Such a statistic
+    needs its `biased_estimate`, the value of all groups. Then the interval is the basic bootstrap
+    (Davison and Hinkley 1997, section 5.2): twice the estimate minus each percentile. It may
+    leave the statistic's range.
+
+    The choice is by measured coverage, on 10, 30 and 100 simulated dialogues of about 12 turns, for
+    a B of 0.37. Percentile: 25, 73, 90 %. BCa (Efron 1987): 55, 85, 92 %. Basic: 90, 92, 92 %. For
+    accuracy, Q, nll, κ and rank correlations the percentile interval covers about as much as the
+    basic one, or more."""
+    defined = resampled[~np.isnan(resampled)]
+    if groups < FEWEST_GROUPS or not len(defined):
+        return None
+    low, high = (float(limit) for limit in np.percentile(defined, [2.5, 97.5]))
+    if biased_estimate is None:
+        return low, high
+    return 2 * biased_estimate - high, 2 * biased_estimate - low
 
 
 def expected_confusion(

@@ -1,19 +1,20 @@
-"""Loading a model and its tokenizer, and the one forward pass that all losses and scores use."""
+"""Loading a model and its tokenizer, and refusing one that the method cannot rely on."""
 
-from collections.abc import Callable
-from functools import lru_cache, partial
-from inspect import signature
+from contextlib import contextmanager
+from datetime import date as Date
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from desc import DescError, attention
-from desc.encoding import end_of_turn
+from desc.exactness import check_tree
+from desc.forward import sequence_logps  # noqa: F401  public under this name, too
 from desc.storage import zoo
-from desc.tree import Forest, dense_mask
+from desc.storage.base import base_digest, locate
+from desc.templates import end_of_turn, pin_date
 
 
 def native_dtype(device: torch.device | str) -> torch.dtype:
@@ -47,109 +48,119 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     empty: bool = False,
+    max_length: int = 2048,
+    date: str | None = None,
 ):
     """(model, tokenizer) of "toy", "smollm2", a Hub id or a folder. Only safetensors are read, and
-    no code from the Hub is run.
+    no code from the model's folder is run.
 
     `dtype` None means native_dtype(device). `empty` leaves the weights on the meta device, because
-    they are sharded and read later, or because only their shapes are needed. Raises DescError if
-    the model cannot be had, has no chat template, or has layers that a prefix tree cannot run."""
-    folder, dtype = zoo.locate(name), dtype or native_dtype(device)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DescError(f"model {name}: cannot be loaded ({reason})") from None
-    check_architecture(name, config, tokenizer)
+    they are sharded and read later, or because only their shapes are needed; then the caller calls
+    check_tree once they are read. `max_length` is the longest sequence that the model will read.
+    `date` is what the chat template takes for today (ISO 8601; None: the day of the call).
+
+    Raises DescError if the model cannot be had, if its files lack weights, if its chat template
+    cannot be matched (desc.templates.form_of), or if a prefix tree is not exact on it
+    (check_tree)."""
+    dtype = dtype or native_dtype(device)
+    folder = locate(name, weights=not empty)
+    if not empty:
+        base_digest(name)  # looks into all files, and refuses those that are not whole
+    with one_line(f"model {name}: cannot be loaded"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise DescError(
+                "its weights are quantised, which is not read here; use the plain model"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    pin_date(tokenizer, date or Date.today().isoformat())
+    with one_line(f"model {name}"):
+        end = end_of_turn(tokenizer)
+        check_vocabulary(config, tokenizer)
     kernel = {"dtype": dtype, "attn_implementation": attention.register()}
-    try:
-        if empty:
-            with register_module_parameter_registration_hook(_without_values):
-                model = AutoModelForCausalLM.from_config(config, **kernel)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **kernel)
-            model = model.to(device)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DescError(f"model {name}: weights cannot be loaded ({reason})") from None
+    with one_line(f"model {name}: weights cannot be loaded"):
+        try:
+            model = empty_model(config, kernel) if empty else read_model(folder, kernel).to(device)
+        except KeyError as error:
+            if error.args != (attention.NAME,):
+                raise
+            raise DescError(
+                "its attention cannot be replaced, so no prefix tree runs on it"
+            ) from None
+    ends = end_tokens(folder, config, end)
     # A model's own sampling defaults (top_k, repetition penalty) must not leak into ours.
-    stop = end_of_turn(tokenizer)
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop)
-    model.name_or_path = str(folder)
-    return model.eval(), tokenizer
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=end)
+    model.name_or_path = name if name not in zoo.MADE_HERE else str(folder)
+    model.eval()
+    if not empty:
+        with one_line(f"model {name}"):
+            check_tree(model, max_length)
+    return model, tokenizer
 
 
-def check_architecture(name: str, config, tokenizer) -> None:
-    """Raises DescError if the model has no chat template, or layers that a tree cannot run."""
-    if not tokenizer.chat_template:
-        raise DescError(f"model {name}: has no chat template; use an instruct model")
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    other = layer_types - {"full_attention", "sliding_attention"}
-    if other or not hasattr(config, "num_attention_heads"):
-        kinds = ", ".join(sorted(other)) or config.model_type
-        raise DescError(f"model {name}: {kinds} layers cannot run on a prefix tree")
+@contextmanager
+def one_line(what: str):
+    """Whatever fails in this context is raised as a DescError of one line that begins with `what`,
+    because Transformers' errors have no common base. Out of memory is left as it is."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except DescError as error:
+        raise DescError(f"{what}: {error}") from None
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0][:300] if lines else "no reason given"
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise DescError(f"{what} ({reason})") from None
 
 
-def _without_values(module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    """A hook by which parameters get no values. Buffers, such as rotary embeddings', are computed
-    as ever."""
-    if not parameter.is_meta:  # a tied weight is on meta already, and must stay one with its twin
-        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+def empty_model(config, kernel: dict):
+    """The model with its parameters on the meta device. Buffers, such as rotary embeddings', are
+    computed as ever."""
+
+    def without_values(module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if not parameter.is_meta:  # a tied weight is there already, and must stay one with its twin
+            return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    with register_module_parameter_registration_hook(without_values):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kernel)
 
 
-@lru_cache(maxsize=2)  # reference and policy read the same forest
-def tree_mask(forest: Forest, window: int | None):
-    """The forest's mask (1, 1, N, N): a bool tensor on the CPU, a BlockMask elsewhere."""
-    if forest.ids.device.type == "cpu":
-        return dense_mask(forest, window)[None, None]
-    return attention.flex_mask(forest, window)
+def read_model(folder: Path, kernel: dict):
+    """The model with its weights, on the CPU.
+
+    Raises DescError if a weight is not in its files: it would be random, and another each time."""
+    model, read = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kernel
+    )
+    wrong = sorted(read["missing_keys"]) + sorted(str(key) for key in read["mismatched_keys"])
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        stray = sorted(read["unexpected_keys"])
+        hint = f" (they hold {stray[0]} instead)" if stray else ""
+        raise DescError(f"its files lack {shown}{hint}; get the model's files again")
+    return model
 
 
-def forward(
-    model, ids, depth, mask: Callable, rows: torch.Tensor | int = 0, cache=None
-) -> torch.Tensor:
-    """Logits (M, V) at the nodes `rows` (M,), or at all N nodes if it is 0: tokens `ids` (N,) at
-    positions `depth` (N,).
-
-    mask(window) says what these nodes may see of each other, and before them of what lies in
-    `cache`, which then takes them up. It is asked for the whole path (None) and, if the model has
-    sliding-window layers, for the last `window` tokens of it."""
-    window = getattr(model.config, "sliding_window", None)
-    layer_types = getattr(model.config, "layer_types", None)
-    if window is None or (layer_types and "sliding_attention" not in layer_types):
-        masks = mask(None)
-    elif layer_types:
-        masks = {"full_attention": mask(None), "sliding_attention": mask(window)}
-    else:
-        masks = mask(window)
-    cached = {} if cache is None else {cache_argument(model): cache}
-    return model(
-        input_ids=ids[None],
-        position_ids=depth[None],
-        attention_mask=masks,
-        logits_to_keep=rows,
-        use_cache=cache is not None,
-        **cached,
-    ).logits[0]
+def check_vocabulary(config, tokenizer) -> None:
+    """Raises DescError if the tokenizer has tokens that the model has no embedding for."""
+    known = config.get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= known:
+        raise DescError(
+            f"its tokenizer has tokens up to {largest}, but it has embeddings for {known} alone;"
+            " resize the embeddings, or use the tokenizer that belongs to it"
+        )
 
 
-def cache_argument(model) -> str:
-    """What this model calls the argument that takes a cache: "cache" since Transformers 5.24, and
-    "past_key_values" before. Newer versions warn of the older name."""
-    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-
-
-def sequence_logps(model, forest: Forest) -> torch.Tensor:
-    """log π(completion | prompt) of every sequence of the forest, summed over the completion's
-    tokens: (S,) fp32.
-
-    One forward reads the N nodes. Only the M rows that predict a completion token meet the head, so
-    a large vocabulary costs M × V instead of N × V. Log-softmax and sums are in fp32, because in
-    bf16 the steps near -200 are 1.0 wide."""
-    forest = forest.to(model.device)
-    logits = forward(model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows)
-    logps = -F.cross_entropy(logits.float(), forest.targets, reduction="none")  # (M,)
-    owned = torch.arange(forest.size, device=logps.device)[:, None] == forest.owner  # (S, M)
-    # A product, because index_add on CUDA would sum in another order each time.
-    return owned.to(logps.dtype) @ logps  # (S,)
+def end_tokens(folder: Path, config, end: int) -> list[int]:
+    """The tokens that end a reply: `end`, with which the chat template ends one, and then those of
+    the model's own generation config."""
+    try:
+        own = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # it has none
+        own = config.get_text_config().eos_token_id
+    own = own if isinstance(own, (list, tuple)) else [own]
+    return list(dict.fromkeys([end, *(token for token in own if token is not None)]))

@@ -4,9 +4,10 @@ p(strategy, reply | context) = p_SP(strategy | context) · p_RG(reply | context,
 `rg` are the two factors, `vanilla` is one model for both. The contents of the system messages
 follow the paper's release; the words are our own."""
 
+import re
 from dataclasses import dataclass
 
-from desc.esconv import Dialogue, flatten
+from desc.esconv import SPEAKERS, Dialogue, flatten
 from desc.strategies import ESCONV, Strategies
 
 TASKS = ("sp", "rg", "vanilla")
@@ -33,6 +34,12 @@ VANILLA = (
     + "Every turn of yours has two parts: first the strategy in square brackets, then the reply. "
     "The strategies are: {names}. The format is: [strategy] reply"
 )
+
+# A line within a text that begins like a turn of a flattened history, perhaps after blanks. Lines
+# end where str.splitlines ends them.
+LINE_ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+SPEAKER = "|".join(sorted(set(SPEAKERS.values())))
+TURN_WITHIN_A_TEXT = re.compile(rf"([{LINE_ENDS}][^\S{LINE_ENDS}]*(?:{SPEAKER})):", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,11 @@ def build_messages(
 
 
 def _unlike_a_turn(text: str) -> str:
-    """A text in which no line looks like the beginning of a turn, because drop_oldest looks for
-    those: a blank breaks such a line."""
-    return text.replace("\nseeker: ", "\nseeker : ")
+    """A text in which no line looks like the beginning of a turn: "seeker:" and "supporter:" get a
+    blank before the colon there.
+
+    Otherwise a quoted chat would read as turns, and drop_oldest would cut within the text."""
+    return TURN_WITHIN_A_TEXT.sub(r"\1 :", text)
 
 
 def build_completion(task: str, strategy: str, reply: str) -> str:
@@ -100,12 +109,28 @@ def build_examples(
 
 
 def drop_oldest(messages: Messages) -> Messages | None:
-    """The messages without their oldest exchange. The system message and the latest turn stay. None
-    if there is no exchange to drop."""
-    if len(messages) > 2:
-        return messages[:1] + messages[3:]
-    system, user = messages
-    flat = user["content"]
-    # only sp's flattened history ends in a line break
-    second = flat.find("\nseeker: ") if flat.endswith("\n") else -1
-    return None if second < 0 else [system, {"role": "user", "content": flat[second + 1 :]}]
+    """The messages without their oldest exchange. None if there is no exchange to drop.
+
+    What stays: all system messages at the beginning, and all that follows the last answer of the
+    assistant, which is the latest user turn. An exchange ends with the assistant's answer. A
+    history may begin with one, if the assistant spoke first."""
+    roles = [message["role"] for message in messages]
+    begin = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    for i in range(begin + 1, len(roles)):
+        exchange_ends = roles[i - 1] == "assistant" != roles[i]
+        if exchange_ends and "user" in roles[i:]:
+            return messages[:begin] + messages[i:]
+    if roles[begin:] != ["user"]:
+        return None
+    flat = _drop_oldest_lines(messages[begin]["content"])
+    return None if flat is None else messages[:begin] + [{"role": "user", "content": flat}]
+
+
+def _drop_oldest_lines(flat: str) -> str | None:
+    """sp's flattened history without its oldest exchange. None if it has one turn, or if the text
+    is no such history, which begins with "seeker: " and ends in a line break."""
+    if not flat.startswith("seeker: ") or not flat.endswith("\n"):
+        return None
+    answer = flat.find("\nsupporter: ")
+    second = flat.find("\nseeker: ", answer)
+    return None if answer < 0 or second < 0 else flat[second + 1 :]

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
-from desc.encoding import Item, TokenSequence, encode
+from desc.encoding import Item, TokenSequence, decode, encode
 from desc.esconv import Dialogue
+from desc.forward import forward, sequence_logps, tree_mask
 from desc.lora import adapter_only
-from desc.modeling import forward, sequence_logps, tree_mask
 from desc.prompts import build_messages
 from desc.strategies import ESCONV, Strategies
 from desc.tree import Forest, grow, pack, sees
@@ -137,11 +137,11 @@ def write_dialogue(
         prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
     seed = seed_of(config.seed, "write", dialogue.id)
     written = generate(model, prompts, config, seed)
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    return [decode(tokenizer, ids) for ids in written]
 
 
 def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[int]]:
-    """One sampled continuation per prompt, without its end-of-turn token. Temperature 0 takes the
+    """One sampled continuation per prompt, without the token that ended it. Temperature 0 takes the
     likeliest token."""
     written = [[] for _ in prompts]
     for branch, token in grow_branches(model, prompts, config, seed):
@@ -155,9 +155,10 @@ def grow_branches(model, prompts: list[list[int]], config, seed: int) -> Iterato
 
     The prompts are read once, as the tree that they are. Then each continuation is a branch that
     grows from its prompt's last node, a token at a time, and sees its ancestors and itself
-    alone."""
-    stop = model.generation_config.eos_token_id
-    forest = grow([TokenSequence(prompt, [stop]) for prompt in prompts]).to(model.device)
+    alone. Each of the model's end tokens (generation_config.eos_token_id) ends it."""
+    ends = torch.atleast_1d(torch.tensor(model.generation_config.eos_token_id))
+    forest = grow([TokenSequence(prompt, ends[:1].tolist()) for prompt in prompts])
+    forest, ends = forest.to(model.device), ends.to(model.device)
     draw, cache = torch.Generator(model.device).manual_seed(seed), DynamicCache()
     mask = partial(tree_mask, forest)
     logits = forward(model, forest.ids, forest.depth, mask, forest.rows, cache)
@@ -169,7 +170,7 @@ def grow_branches(model, prompts: list[list[int]], config, seed: int) -> Iterato
     for length in range(1, config.max_new_tokens + 1):
         odds = temper(logits.float(), config.temperature, config.top_p)
         tokens = torch.multinomial(odds, 1, generator=draw)[:, 0]
-        goes_on = tokens != stop
+        goes_on = ~torch.isin(tokens, ends)
         growing, tokens = growing[goes_on], tokens[goes_on]
         yield from zip(growing.tolist(), tokens.tolist())
         if len(growing) == 0 or length == config.max_new_tokens:
@@ -194,7 +195,7 @@ def stream_text(tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     ids, before = [], ""
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = decode(tokenizer, ids)
         if not text.endswith("\ufffd"):  # what bytes that are no character yet are decoded as
             yield text[len(before) :]
             before = text

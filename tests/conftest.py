@@ -90,8 +90,9 @@ def esconv_path():
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on loopback. It answers each call by the next entry of server.script, and repeats the
-    last one. An entry is a status, a text, the bytes of a body, or a function of the call that gives
+    """A server on loopback. It answers each call by the next entry of server.script, and repeats
+    the last one. An entry is a text, fields of the choice (finish_reason, message), the bytes of a
+    body, a status, perhaps in a tuple with headers and bytes, or a function of the call that gives
     one of these."""
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: server.waits.append(seconds))
     monkeypatch.setenv("DESC_API_KEY", "hush")
@@ -103,11 +104,15 @@ def server(monkeypatch):
                 server.calls.append((self.headers["Authorization"], body))
                 scripted = server.script.pop(0) if len(server.script) > 1 else server.script[0]
             scripted = scripted(body) if callable(scripted) else scripted
+            headers, error = {}, b'{"error": "wrong key hush"}'
+            if isinstance(scripted, tuple):
+                scripted, headers, error = (*scripted, error)[:3]
             message = {
                 "role": "assistant",
                 "content": scripted if isinstance(scripted, str) else "",
             }
-            answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            answer = {"choices": [choice | (scripted if isinstance(scripted, dict) else {})]}
             answer |= {
                 "id": "1",
                 "created": 0,
@@ -116,11 +121,11 @@ def server(monkeypatch):
                 "system_fingerprint": "",
             }
             answer |= {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
-            if isinstance(scripted, int):
-                answer = {"error": "wrong key hush"}
             data = scripted if isinstance(scripted, bytes) else json.dumps(answer).encode()
+            data = error if isinstance(scripted, int) else data
             self.send_response(scripted if isinstance(scripted, int) else 200)
-            self.send_header("Content-Type", "application/json")
+            for name, value in ({"Content-Type": "application/json"} | headers).items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -131,7 +136,7 @@ def server(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.calls, server.waits, server.script, server.lock = [], [], ["hello"], threading.Lock()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import random
-from math import isnan, nan
+from math import nan
 
 import numpy as np
 import pytest
@@ -21,12 +21,8 @@ from desc.judging.agreement import (
 )
 from desc.judging.judge import RUBRICS
 from desc.judging.labels import annotate_labelled, find_turns, hold_out, read_labels
-from desc.judging.statistics import (
-    bootstrap_statistic,
-    defined_interval,
-    kappa_of_confusion,
-    spearman,
-)
+from desc.judging.statistics import bootstrap_statistic, kappa_of_confusion, spearman
+from desc.metrics import NO_INTERVAL
 from desc.mining import LABELS, Annotation, Answer
 from desc.strategies import ESCONV
 
@@ -186,12 +182,12 @@ def test_what_people_wrote_is_not_overwritten(tmp_path, head, line):
 
 def test_turns_are_found_by_the_seekers_last_words_and_by_place():
     dialogues = [talk("0", "Hi", " ", "a", " "), talk("1", "Hi", "b", " ")]
-    matches = find_turns(["hi", "a", "", "", "HI", " ", "b"], dialogues)
+    matches = find_turns(["hi", "a", "", "", "HI", " ", "b"], dialogues, "f.json")
     first = [("0", 0), ("0", 2), ("0", 1), ("0", 3)]
     second = [("1", 0), ("1", 2), ("1", 1)]
     assert [(dialogue.id, turn) for dialogue, turn in matches] == first + second
-    with pytest.raises(DescError, match="row 2: no test turn"):
-        find_turns(["b", "b"], dialogues)
+    with pytest.raises(DescError, match="^f.json: row 2: no test turn"):
+        find_turns(["b", "b"], dialogues, "f.json")
 
 
 def test_labels_in_json_lines(tmp_path):
@@ -226,7 +222,7 @@ def test_labels_as_published_with_decoupledesc(tmp_path):
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ('{"label": "none"}', "row 1 is no labelled turn"),
+        ('{"label": "none"}', "row 1: field 'dialogue' is missing"),
         ("[1]", "should hold JSON objects"),
         ("[{", "cannot be read"),
         (json.dumps(ROW | {"label": "odd"}), "holds no turn with a label that is known"),
@@ -236,6 +232,66 @@ def test_a_file_without_labelled_turns_is_refused(tmp_path, text, problem):
     (tmp_path / "c.jsonl").write_text(text + "\n")
     with pytest.raises(DescError, match=problem):
         read_labels(tmp_path / "c.jsonl", [], ESCONV)
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"response": None}, "field 'response' should be a string, not null"),
+        ({"response": nan}, "field 'response' should be a string, not nan"),
+        ({"response": 3}, "field 'response' should be a string, not 3"),
+        ({"response": ["Hm."]}, "field 'response' should be a string, not a list"),
+        ({"response": " \n"}, "field 'response' is empty"),
+        ({"response": "\udc00"}, "field 'response' holds half a surrogate pair"),
+        ({"strategy": "Questions"}, "'Questions', no strategy of this taxonomy (did you mean 'Qu"),
+        ({"strategy": None}, "field 'strategy' should be a string, not null"),
+        ({"context": "Hi"}, "field 'context' should be a list, not a string"),
+        ({"context": []}, "field 'context' is empty"),
+        ({"context": ["Hi"]}, "context, utterance 1: should be an object, not a string"),
+        (
+            {"context": [{"speaker": "seeker", "text": "Hi"}, {"speaker": "bot", "text": "Hi"}]},
+            "context, utterance 2: field 'speaker' is 'bot'; it should be one of seeker,",
+        ),
+        ({"context": [{"speaker": "seeker", "text": None}]}, "'text' should be a string, not null"),
+        ({"context": [{"speaker": "seeker", "text": ""}]}, "field 'text' is empty"),
+        ({"turn": "1"}, "field 'turn' should be an integer from 0, not a string"),
+        ({"turn": 1.5}, "field 'turn' should be an integer from 0, not 1.5"),
+        ({"turn": True}, "field 'turn' should be an integer from 0, not True"),
+        ({"turn": -1}, "field 'turn' should be an integer from 0, not -1"),
+        ({"dialogue": None}, "field 'dialogue' should be a string, not null"),
+        ({"label": ["none"]}, "field 'label' should be a string, not a list"),
+    ],
+)
+def test_a_row_with_a_field_that_cannot_be_used_is_refused(tmp_path, change, problem):
+    path = write_records(tmp_path / "a.jsonl", [ROW, ROW | change])
+    with pytest.raises(DescError) as error:
+        read_labels(path, [], ESCONV)
+    assert str(error.value).startswith(f"{path}: row 2") and problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"response": None}, "field 'response' should be a string, not null"),
+        ({"response": "[Others] "}, "field 'response' is empty"),
+        ({"strategy": "Hypnosis"}, "field 'strategy' is 'Hypnosis', no strategy of this taxonomy"),
+        ({"user_input": 3}, "field 'user_input' should be a string, not 3"),
+        ({"user_input": "c"}, "no test turn of --data is left before which the seeker says 'c'"),
+        ({"Error Type": nan}, "field 'Error Type' should be a string, not nan"),
+    ],
+)
+def test_a_published_row_with_a_field_that_cannot_be_used_is_refused(tmp_path, change, problem):
+    row = {"user_input": "a", "strategy": "Others", "response": "[Others] Hm.", "Error Type": "N/A"}
+    path = write_records(tmp_path / "a.jsonl", [row, row | {"user_input": "b"} | change])
+    with pytest.raises(DescError) as error:
+        read_labels(path, [talk("9", "a", "b")], ESCONV)
+    assert str(error.value).startswith(f"{path}: row 2: ") and problem in str(error.value)
+
+
+def test_rows_without_a_label_are_left_out_whatever_else_they_hold(tmp_path):
+    bare = {"label": None, "response": None}
+    path = write_records(tmp_path / "a.jsonl", [bare, ROW, ROW | {"label": "odd", "turn": None}])
+    assert len(read_labels(path, [], ESCONV)) == 1
 
 
 @pytest.mark.parametrize(
@@ -318,7 +374,34 @@ def test_the_bootstrap_of_a_statistic_draws_dialogues_whole():
         np.testing.assert_equal(value, spearman(judge, people))  # nan, if only group 1 is drawn
 
 
-def test_an_interval_leaves_out_undefined_values():
-    values = [0.1 * i for i in range(11)]
-    assert defined_interval(np.array([nan, *values])) == pytest.approx((0.025, 0.975))
-    assert all(isnan(limit) for limit in defined_interval(np.array([nan, nan])))
+# --- intervals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialogues", [4, 5])
+def test_agreement_has_an_interval_from_five_dialogues_on(dialogues):
+    """In each dialogue two turns agree and one does not."""
+    people = ["none", "template response", "none"] * dialogues
+    annotator = ["none", "template response", "template response"] * dialogues
+    names = [str(i // 3) for i in range(3 * dialogues)]
+    report = agreement_report(people, annotator, names)
+    assert (f"{dialogues} dialogues: κ 0.400, the same" in report) == (dialogues == 4)
+    assert (f"{dialogues} dialogues: κ 0.400 (0.400–0.400), the same" in report) == (dialogues == 5)
+    assert (NO_INTERVAL in report) == (dialogues == 4)
+
+
+@pytest.mark.parametrize("dialogues", [4, 5])
+def test_correlations_have_an_interval_from_five_dialogues_on(tmp_path, dialogues):
+    lines = [f"{i},{rating},{rating}" for i in range(dialogues) for rating in (1, 4)]
+    path = tmp_path / "r.csv"
+    path.write_text("\n".join(["dialogue,a judge,a human", *lines]))
+    report = correlate_ratings(path)
+    interval = " (1.000–1.000)" if dialogues == 5 else ""
+    assert f"| a | {2 * dialogues} | 1.000{interval} | 1.000{interval} |" in report
+    assert (NO_INTERVAL in report) == (dialogues == 4)
+
+
+def test_a_correlation_with_a_constant_has_no_interval(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("\n".join(["a judge,a human", *["3,1", "3,2"] * 4]))
+    report = correlate_ratings(path)
+    assert "| a | 8 | nan | nan |" in report and NO_INTERVAL not in report

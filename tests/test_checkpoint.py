@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from scripts import command, lines, run
 
 from desc import DescError
+from desc.flags import TrainConfig, training_settings
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
 from desc.storage.files import write_bytes
 
@@ -85,6 +87,26 @@ def test_other_settings_are_refused_by_name(tmp_path):
         read_checkpoint(tmp_path, {"lr": 0.2, "seed": 0, "rank": 16})
 
 
+def test_flags_that_change_no_step_may_differ_from_the_checkpoints(tmp_path):
+    """Checkpoints of earlier versions hold all flags. With each of the free ones changed they are
+    read; with any other they are refused."""
+    begun = TrainConfig(task="sp", dtype="float32")
+    write_checkpoint(tmp_path, {"step": 5, "best": 2.5, "settings": asdict(begun)}, tensors(5))
+    free = {"out": "elsewhere", "max_tokens": 512, "recompute": True, "compile": True}
+    free |= {"eval_every": 7, "save_every": 9}
+    for name, value in free.items():
+        config = replace(begun, **{name: value})
+        assert read_checkpoint(tmp_path, training_settings(config))[0]["step"] == 5
+    others = {"model": "toy", "seed": 1, "dtype": "bfloat16", "max_length": 99, "data": "esconv"}
+    others |= {"eval_dialogues": 3, "batch_size": 8, "share": "none", "rank": 8, "alpha": 8}
+    others |= {"dropout": 0.0, "warmup": 0.2, "weight_decay": 0.1, "max_grad_norm": 0.0}
+    others |= {"keep": "last", "split_file": "split.json", "strategies": "names.txt"}
+    for name, value in others.items():
+        config = replace(begun, **{name: value})
+        with pytest.raises(DescError, match=f"was begun with another {name}: run with the same"):
+            read_checkpoint(tmp_path, training_settings(config))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -109,8 +131,8 @@ def sft(out, *flags):
 
 
 def assert_same_run(first, second):
-    """The adapters are equal to the bit, and the logged numbers are the same. The first run has left
-    no checkpoint."""
+    """The adapters are equal to the bit, and the logged numbers are the same. The first run has
+    left no checkpoint."""
     for folder in ("", "last"):
         a, b = (
             out / "sp" / "sft" / folder / "adapter_model.safetensors" for out in (first, second)
@@ -164,6 +186,21 @@ def test_sigterm_ends_with_a_checkpoint_and_the_same_command_goes_on(whole, tmp_
     assert "checkpoints was begun with another lr" in run(*sft(tmp_path, "--lr", 1e-3), fails=True)
     assert "from step" in run(*sft(tmp_path))
     assert_same_run(tmp_path, whole)
+
+
+def test_a_run_that_was_moved_goes_on_with_flags_that_change_no_step(whole, tmp_path):
+    """A batch is one dialogue here, which is read as one tree with any --max-tokens. So the last
+    adapter is the same to the bit."""
+    begun, moved = tmp_path / "begun", tmp_path / "moved"
+    process = begin(*sft(begun))
+    wait_for_step(process, begun, 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    begun.rename(moved)
+    flags = ("--max-tokens", 300, "--recompute", "--eval-every", 5, "--save-every", 2)
+    assert "from step" in run(*sft(moved, *flags))
+    last = "sp/sft/last/adapter_model.safetensors"
+    assert (moved / last).read_bytes() == (whole / last).read_bytes()
 
 
 @pytest.mark.slow

@@ -84,8 +84,8 @@ SLOW = pytest.mark.slow
     [(2, ()), pytest.param(3, (), marks=SLOW), pytest.param(2, ("--recompute",), marks=SLOW)],
 )
 def test_ranks_do_what_one_process_does(single, tmp_path, ranks, train_flags):
-    """A batch is one or two dialogues, and the last batch is smaller. So a rank often has nothing to
-    do. Of three ranks, at least one is idle in every step."""
+    """A batch is one or two dialogues, and the last batch is smaller. So a rank often has nothing
+    to do. Of three ranks, at least one is idle in every step."""
     out = pipeline(tmp_path, ranks, *train_flags)
     assert_same_adapter(single / "sp" / "sft", out / "sp" / "sft", 2e-5)
     for name in ("pairs.jsonl", "pairs.valid.jsonl"):

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 
 from desc import DescError
-from desc.encoding import encode, encode_prompt, end_of_turn, mark_loss
+from desc.encoding import encode, encode_prompt, mark_loss
 from desc.esconv import Dialogue, Turn
 from desc.prompts import TASKS, build_examples, build_messages
+from desc.templates import end_of_turn
 
 TYPED = [
     "<|end|>",
@@ -26,8 +27,8 @@ TYPED = [
 ]
 TYPED += ["a<|end|>b <|end|>"]
 CHAT = (
-    "{% for m in messages %}<|user|>{{ m['content'] }}END{% endfor %}{% if add_generation_prompt"
-    " %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}END{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -129,8 +130,8 @@ def test_end_of_turn_of_smollm2(smollm2):
 
 
 def test_end_of_turn_is_the_templates_and_not_the_eos_token(toy):
-    """In Gemma, for example, <end_of_turn> ends a message and <eos> ends a document. A template that
-    has no end of turn is refused."""
+    """In Gemma, for example, <end_of_turn> ends a message and <eos> ends a document. A template
+    that has no end of turn is refused."""
     tokenizer = deepcopy(toy[1])
     tokenizer.chat_template = CHAT.replace("END", "<|system|>")
     assert tokenizer.eos_token == "<|end|>"
@@ -161,8 +162,8 @@ def test_without_the_end_of_turn(toy, sample):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_long_dialogues_lose_as_few_of_their_oldest_exchanges_as_they_must(task, toy, sample):
-    """If `cut` exchanges are removed, the prompt is that of the dialogue without them. If the limit is
-    lower by one token, one more exchange is removed."""
+    """If `cut` exchanges are removed, the prompt is that of the dialogue without them. If the limit
+    is lower by one token, one more exchange is removed."""
     dialogue, strategy = sample[0], "Others"
     turn = len(dialogue) - 1
     later = [replace(dialogue, turns=dialogue.turns[2 * cut :]) for cut in range(turn + 1)]

@@ -10,11 +10,11 @@ DPO by hand: there are two pairs, and beta is 0.5. σ(1.5) = 0.817574 and σ(-1.
     -20   -15   -18   -16     0.5 · -2 = -1   0.5 ·  1 =  0.5    -1.5       ln(1 + e^1.5)  = 1.70141
 
 The gradient of the sum by log π(y_w) is − beta σ(−margin), so it is −0.5 · 0.182426 = −0.091213 and
-−0.5 · 0.817574 = −0.408787. By log π(y_l) it is the opposite. The pair with the lower margin has the
-larger gradient.
+−0.5 · 0.817574 = −0.408787. By log π(y_l) it is the opposite. The pair with the lower margin has
+the larger gradient.
 
-With label smoothing 0.1 the losses are 0.9 · 0.201413 + 0.1 · 1.701413 = 0.351413 and 0.9 · 1.701413
-+ 0.1 · 0.201413 = 1.551413.
+With label smoothing 0.1 the losses are 0.9 · 0.201413 + 0.1 · 1.701413 = 0.351413 and 0.9 ·
+1.701413 + 0.1 · 0.201413 = 1.551413.
 
 SFT by hand: sequences of 2 and 3 tokens have the log-probabilities −3 and −7. The loss per token is
 (3 + 7) / 5 = 2."""
@@ -29,9 +29,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from desc.encoding import encode
+from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, lora_layers, save_adapter
 from desc.losses import dpo_loss, sft_loss
-from desc.modeling import sequence_logps
 from desc.prompts import build_examples
 from desc.storage.zoo import locate
 from desc.tree import pack, plant
@@ -138,8 +138,8 @@ def test_dpo_stays_finite_where_the_margin_is_huge():
 
 
 def test_dpo_equals_trl(toy, sample, tmp_path):
-    """TRL goes from messages to loss and gradients by its tokenisation, padded batch and loss. We do
-    so by our encoding, tree and loss.
+    """TRL goes from messages to loss and gradients by its tokenisation, padded batch and loss. We
+    do so by our encoding, tree and loss.
 
     Both have the same adapter, the base as reference and all pairs in one batch."""
     trl = pytest.importorskip("trl")

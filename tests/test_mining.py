@@ -82,8 +82,8 @@ def test_what_names_no_strategy_is_kept_and_makes_no_pair(routing, reply):
 
 
 NOT_MINE = "not this module's fault"
-# The annotator's error, and what find_error() makes of it: for sp, rg and vanilla under "paper", and
-# for rg under "all-to-rg" and "released".
+# The annotator's error, and what find_error() makes of it: for sp, rg and vanilla under "paper",
+# and for rg under "all-to-rg" and "released".
 TABLE = [
     (
         "strategy mismatch",
@@ -241,20 +241,140 @@ def test_pairs_are_trls_conversational_format_and_come_back(tmp_path):
     assert read_pairs(tmp_path / "pairs.jsonl", "sp") == [PAIR, other]
 
 
+def talk(*texts):
+    """Messages "ROLE text", where ROLE is s, u or a."""
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": names[text[0]], "content": text[2:]} for text in texts]
+
+
+CHOSEN, REJECTED = talk("a Good."), talk("a Bad.")
+WHOLE = talk("s S", "u Hi", "a Hello", "u Low")
+
+
+@pytest.mark.parametrize(
+    "columns, prompt",
+    [
+        # TRL's conversational formats: with a prompt, and with the conversation in the answers.
+        ({"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED}, PROMPT),
+        ({"chosen": WHOLE + CHOSEN, "rejected": WHOLE + REJECTED}, WHOLE),
+        # Both: the prompt is all that they share, its beginning, or its end (UltraFeedback).
+        ({"prompt": WHOLE, "chosen": WHOLE + CHOSEN, "rejected": WHOLE + REJECTED}, WHOLE),
+        ({"prompt": WHOLE[:2], "chosen": WHOLE + CHOSEN, "rejected": WHOLE + REJECTED}, WHOLE),
+        ({"prompt": "Low", "chosen": WHOLE + CHOSEN, "rejected": WHOLE + REJECTED}, WHOLE),
+        # A string is one message.
+        ({"prompt": "Hi", "chosen": "Good.", "rejected": "Bad."}, talk("u Hi")),
+        # Other columns and fields are ignored, and null is as good as absent.
+        (
+            {
+                "prompt": [PROMPT[0], PROMPT[1] | {"name": "Ann"}],
+                "chosen": CHOSEN,
+                "rejected": REJECTED,
+                "score": 0.5,
+                "error": None,
+            },
+            PROMPT,
+        ),
+        # One blank of the user's stands between two turns of a supporter's.
+        (
+            {"prompt": talk("a Hi", "u  "), "chosen": CHOSEN, "rejected": REJECTED},
+            talk("a Hi", "u  "),
+        ),
+    ],
+)
+def test_pairs_that_people_bring_are_read(tmp_path, columns, prompt):
+    write_lines(tmp_path / "pairs.jsonl", [PAIR.record(), columns])
+    _, pair = read_pairs(tmp_path / "pairs.jsonl", "sp")
+    expected = Pair("line 2", "sp", "line 2", 0, "", "", prompt, "Good.", "Bad.")
+    assert pair == expected
+
+
+def test_equal_answers_are_read_because_only_encoding_shows_which_are_equal(tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", [{"chosen": WHOLE + CHOSEN, "rejected": WHOLE + CHOSEN}])
+    (pair,) = read_pairs(tmp_path / "pairs.jsonl", "sp")
+    assert (pair.prompt, pair.chosen, pair.rejected) == (WHOLE, "Good.", "Good.")
+
+
+def test_a_line_keeps_its_own_facts_and_its_true_number(tmp_path):
+    """Blank lines count, as in an editor."""
+    bare = {"prompt": "Hi", "chosen": "Good.", "rejected": "Bad."}
+    records = [bare | {"id": 17, "dialogue": 4, "turn": 2, "task": "sp"}, bare, bare]
+    text = "\n\n".join(map(json.dumps, records))
+    (tmp_path / "pairs.jsonl").write_text(text)
+    pairs = read_pairs(tmp_path / "pairs.jsonl", "sp")
+    assert [(p.id, p.dialogue, p.turn) for p in pairs] == [
+        ("17", "4", 2),
+        ("line 3", "line 3", 0),
+        ("line 5", "line 5", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"chosen": []},
+            "should differ in one message, the last; after what they share they have 0",
+        ),
+        ({"chosen": CHOSEN * 2}, "after what they share they have 2 and 1"),
+        ({"chosen": WHOLE + CHOSEN}, "after what they share they have 5 and 1"),
+        ({"chosen": WHOLE + CHOSEN, "rejected": WHOLE + CHOSEN + REJECTED}, "they have 1 and 2"),
+        (
+            {"chosen": WHOLE[2:] + CHOSEN, "rejected": WHOLE[2:] + REJECTED},
+            "the messages that chosen and rejected share do not begin or end with the prompt",
+        ),
+        (
+            {"chosen": talk("u Good.")},
+            "chosen should end with the assistant's message, not the user's",
+        ),
+        ({"rejected": talk("s Bad.")}, "rejected should end with the assistant's message"),
+        ({"prompt": talk("u Hi", "a Hello")}, "the prompt ends with the assistant's message"),
+        ({"prompt": talk("s S")}, "the prompt has no message of the user's"),
+        ({"prompt": None}, "the prompt has no message of the user's"),
+        ({"prompt": []}, "the prompt has no message of the user's"),
+        ({"prompt": talk("u Hi", "u ")}, "prompt, message 2: field 'content' is empty"),
+        ({"prompt": ""}, "prompt, message 1: field 'content' is empty"),
+        ({"prompt": 3}, "field 'prompt' should be a list, not 3"),
+        ({"prompt": ["Hi"]}, "prompt, message 1: should be an object, not a string"),
+        ({"chosen": None}, "field 'chosen' should be a list, not null"),
+        ({"chosen": " \n"}, "chosen, message 1: field 'content' is empty"),
+        ({"chosen": [{"content": "Good."}]}, "chosen, message 1: field 'role' is missing"),
+        ({"chosen": [{"role": "gpt", "content": "G"}]}, "field 'role' is 'gpt'; it should be one"),
+        ({"chosen": [{"role": "assistant"}]}, "field 'content' is missing"),
+        ({"chosen": [CHOSEN[0] | {"content": None}]}, "'content' should be a string, not null"),
+        ({"chosen": [CHOSEN[0] | {"content": 7}]}, "'content' should be a string, not 7"),
+        ({"chosen": [CHOSEN[0] | {"content": float("nan")}]}, "should be a string, not nan"),
+        (
+            {"rejected": [REJECTED[0] | {"content": [{"type": "text", "text": "Bad."}]}]},
+            "rejected, message 1: field 'content' should be a string, not a list",
+        ),
+        ({"rejected": "\ud83d"}, "field 'content' holds half a surrogate pair"),
+        ({"task": "rg"}, "is of task 'rg', not 'sp'"),
+        ({"id": ["7"]}, "field 'id' should be a string, not a list"),
+        ({"turn": "2"}, "field 'turn' should be an integer, not a string"),
+    ],
+)
+def test_a_line_that_is_no_pair_is_refused_with_its_number(tmp_path, change, message):
+    record = {"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED} | change
+    lines = [json.dumps(PAIR.record()), json.dumps(record)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DescError) as error:
+        read_pairs(tmp_path / "pairs.jsonl", "sp")
+    assert str(error.value).startswith(f"{tmp_path}/pairs.jsonl: line 2")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([], "no pair"),
+        ([], "holds no pair"),
         (['{"id": "sp/7/0"'], "line 1 is not JSON"),
-        (['{"id": "sp/7/0"}'], "line 1 is no preference pair"),
-        (["[]"], "line 1 is no preference pair"),
-        ([json.dumps(PAIR.record() | {"chosen": []})], "line 1 is no preference pair"),
-        ([json.dumps(PAIR.record() | {"surplus": 1})], "line 1 is no preference pair"),
-        ([json.dumps(PAIR.record() | {"task": "rg"})], "is of task 'rg', not 'sp'"),
+        (['{"id": "sp/7/0"}'], "line 1: field 'chosen' is missing"),
+        (["[]"], "line 1: should be an object, not a list"),
         ([json.dumps(PAIR.record())] * 2, "line 2 has the id 'sp/7/0' of a line before"),
     ],
 )
-def test_bad_pairs_end_in_one_clear_line(tmp_path, lines, message):
+def test_a_file_of_no_pairs_ends_in_one_clear_line(tmp_path, lines, message):
     (tmp_path / "pairs.jsonl").write_text("".join(line + "\n" for line in lines))
     with pytest.raises(DescError, match=message) as error:
         read_pairs(tmp_path / "pairs.jsonl", "sp")

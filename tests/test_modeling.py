@@ -13,7 +13,8 @@ import torch
 from scripts import ROOT, run
 
 from desc import cli, flags
-from desc.modeling import cache_argument, load, native_dtype
+from desc.forward import cache_argument
+from desc.modeling import load, native_dtype
 from desc.storage.checkpoint import checkpoint_settings
 from desc.storage.journal import Journal, journal_settings
 
@@ -66,7 +67,7 @@ def test_auto_is_replaced_by_what_a_run_was_begun_with(monkeypatch, capsys):
     printed = []
     for flag, begun in (("auto", {}), ("auto", {"dtype": "bfloat16"}), ("bfloat16", {})):
         config = flags.Config(dtype=flag)
-        cli.choose_dtype(config, torch.device("cpu"), begun)
+        cli.resolve_auto(config, torch.device("cpu"), begun)
         printed.append((config.torch_dtype, capsys.readouterr().out))
     assert printed == [
         (

@@ -24,6 +24,7 @@ from desc.evaluation.page import (
     scores_html,
     write_page,
 )
+from desc.metrics import NO_INTERVAL
 from desc.strategies import ESCONV
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'desc[report]'")
@@ -163,6 +164,15 @@ def test_scores_show_intervals_and_differences_and_only_columns_that_are_there(r
     assert lines[4:] == [["system", "empathy"], ["sft", "3.46"]]
     assert read_cells(folded)[:2] == [["system", "turns"], ["sft", "30"]]
     assert "training frequencies" in shown and "training frequencies" not in folded
+
+
+def test_scores_of_too_few_dialogues_show_no_interval_and_say_why():
+    row = {"Q": 17.41, "Q interval": None, "Q difference": [-0.27, None, None]}
+    html = scores_html({"systems": {"sft": {"Q": 17.0, "Q interval": [16, 18]}, "dpo": row}})
+    assert read_cells(html)[2] == ["dpo", "17.4|Δ −0.3|"]
+    assert html.endswith(f'</div><p class="how">{NO_INTERVAL}</p>')
+    html = scores_html({"systems": {"training frequencies": {"Q": 12.5}}})
+    assert NO_INTERVAL not in html
 
 
 def test_confusion_gives_shares_of_each_column():

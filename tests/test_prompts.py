@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from desc.esconv import Dialogue, Turn
+from desc.esconv import Dialogue, Turn, flatten
 from desc.prompts import TASKS, build_completion, build_examples, build_messages, drop_oldest
 from desc.strategies import ESCONV, Strategies
 
@@ -109,8 +109,8 @@ def test_examples_are_every_turn_with_the_human_answer():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_answer_and_what_follows_never_reach_the_messages(task, sample):
-    """The messages for turn t do not depend on turn t and what follows. They do depend on what comes
-    before."""
+    """The messages for turn t do not depend on turn t and what follows. They do depend on what
+    comes before."""
     dialogue = sample[0]
     for turn in range(len(dialogue)):
         gold = build_messages(task, dialogue, turn, "Others")
@@ -171,6 +171,82 @@ def test_drop_oldest_never_cuts_into_a_turn(task):
         build_messages(task, Dialogue("0", (quoting, *TINY.turns[1:])), 1, "Others")
     )
     assert messages == build_messages(task, Dialogue("0", TINY.turns[2:]), 0, "Others")
+
+
+@pytest.mark.parametrize(
+    "text, guarded",
+    [
+        ("He wrote\nseeker: me\nsupporter: him", "He wrote\nseeker : me\nsupporter : him"),
+        ("a\n\n  Supporter:b", "a\n\n  Supporter :b"),
+        ("a\r\nSEEKER: b\rsupporter: c", "a\r\nSEEKER : b\rsupporter : c"),
+        (
+            "a\u2028supporter: b\x85seeker: c\vseeker: d",
+            "a\u2028supporter : b\x85seeker : c\vseeker : d",
+        ),
+        ('supporter: it reads "seeker: supporter: …"', None),  # on the line of its own turn
+        ("my supporter: you\nMy supporter: you\nsupporters: all\nsupporter said: x\n", None),
+    ],
+)
+def test_no_line_of_an_utterance_begins_like_a_turn_of_the_flattened_history(text, guarded):
+    """A blank is put before the colon. All else stays as it is."""
+    turns = (Turn("seeker", text), Turn("supporter", text, "Others"), *TINY.turns)
+    flat = build_messages("sp", Dialogue("0", turns), 1)[1]["content"]
+    text = guarded or text
+    assert flat == f"seeker: {text}\nsupporter: {text}\nseeker: {TINY.turns[0].text}\n"
+
+
+def test_ordinary_dialogues_are_flattened_as_they_are(sample):
+    for dialogue in sample:
+        flat = build_messages("sp", dialogue, len(dialogue) - 1)[1]["content"]
+        assert flat == flatten(dialogue.history(len(dialogue) - 1))
+
+
+def chat(roles):
+    """Messages with these roles (s, u, a), whose contents are their places: "0", "1", …"""
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": names[role], "content": str(i)} for i, role in enumerate(roles)]
+
+
+@pytest.mark.parametrize(
+    "roles, left",
+    [
+        ("suaua", "0 3 4"),
+        ("suau", "0 3"),
+        ("uau", "2"),
+        ("uauau", "2 3 4"),
+        ("ssuauau", "0 1 4 5 6"),
+        ("sauau", "0 2 3 4"),  # the assistant's greeting goes alone
+        ("aau", "2"),
+        ("suuaauu", "0 5 6"),  # several messages in a row are one turn
+        ("suasu", "0 3 4"),
+        ("suas", None),
+        ("su", None),
+        ("suu", None),
+        ("uuu", None),
+        ("u", None),
+        ("s", None),
+        ("", None),
+    ],
+)
+def test_drop_oldest_keeps_system_messages_and_the_latest_turn_of_any_messages(roles, left):
+    messages = drop_oldest(chat(roles))
+    assert (messages and " ".join(contents(messages))) == left
+
+
+@pytest.mark.parametrize(
+    "flat, left",
+    [
+        ("seeker: a\nsupporter: b\nseeker: c\n", "seeker: c\n"),
+        ("seeker: a\nseeker: b\nsupporter: c\nseeker: d\nseeker: e\n", "seeker: d\nseeker: e\n"),
+        ("seeker: a\nseeker: b\n", None),  # both are the latest turn
+        ("I read\nsupporter: a\nseeker: b\nWhat do you think?\n", None),  # no flattened history
+        ("seeker: a\nsupporter: b\nseeker: c", None),
+    ],
+)
+@pytest.mark.parametrize("system", ["", "s", "ss"])
+def test_drop_oldest_of_a_flattened_history(flat, left, system):
+    messages = drop_oldest([*chat(system), {"role": "user", "content": flat}])
+    assert messages == (left and [*chat(system), {"role": "user", "content": left}])
 
 
 @pytest.mark.parametrize(

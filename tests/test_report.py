@@ -10,10 +10,18 @@ import pytest
 
 from desc import DescError
 from desc.esconv import Dialogue, Turn
-from desc.evaluation.scores import frequency_row, score_verdicts, summarise
+from desc.evaluation.scores import (
+    bootstrap_scores,
+    count_predictions,
+    frequency_row,
+    score_predictions,
+    score_verdicts,
+    summarise,
+)
 from desc.evaluation.systems import System, find_systems
 from desc.evaluation.tables import tables
 from desc.judging.judge import RUBRICS
+from desc.metrics import NO_INTERVAL
 from desc.strategies import Strategies
 
 AB = Strategies(("a", "b"))
@@ -140,8 +148,37 @@ def test_dialogues_that_are_not_answered_do_not_count_for_replies():
 
 def test_dialogues_without_replies_do_not_widen_the_interval_of_replies():
     answered = make_record("a", ["a"], replies=["Oh no."], human=["Oh no."])
-    row = summarise_one(*[answered] * 3, *[make_record("a", ["a"])] * 100)
+    row = summarise_one(*[answered] * 5, *[make_record("a", ["a"])] * 100)
     assert row["f1"] == 100 and row["f1 interval"] == (100, 100)
+
+
+def test_intervals_are_of_the_dialogues_that_have_a_value():
+    """Of 20 dialogues 5 have a readable rating, 3. Other resamples than these have no mean, and no
+    mean of 0. With 4 such dialogues there is no interval."""
+    rated, unread = [dict.fromkeys(RUBRICS, 3.0)], [dict.fromkeys(RUBRICS)]
+
+    def rate(readable):
+        ratings = [rated] * readable + [unread] * (20 - readable)
+        return summarise_one(*(make_record("a", ["a"], replies=["x"], ratings=r) for r in ratings))
+
+    assert rate(5)["empathy"] == 3 and rate(5)["empathy interval"] == (3, 3)
+    assert rate(4)["empathy"] == 3 and rate(4)["empathy interval"] is None
+    assert rate(4)["unreadable interval"] is not None
+
+
+def test_a_difference_to_a_score_of_too_few_dialogues_has_no_interval():
+    """The first system has 4 readable ratings, the second 6. One note is for the first's score, and
+    one for the difference."""
+    rated, unread = [dict.fromkeys(RUBRICS, 3.0)], [dict.fromkeys(RUBRICS)]
+    systems = {}
+    for name, readable in (("one", 4), ("two", 6)):
+        ratings = [rated] * readable + [unread] * (6 - readable)
+        systems[name] = [make_record("a", ["a"], replies=["x"], ratings=r) for r in ratings]
+    rows = summarise(systems, AB, CONFIG)
+    assert rows["two"]["empathy interval"] == (3, 3)
+    assert rows["two"]["empathy difference"] == (0, None, None)
+    assert tables(rows).count(NO_INTERVAL) == 2
+    assert tables({"two": rows["two"]}).count(NO_INTERVAL) == 2
 
 
 # Judgements
@@ -185,7 +222,7 @@ def test_ratings_wins_and_errors_by_hand():
     rows = summarise({"one": [first], "two": [second]}, AB, CONFIG)
     entry, two = rows["one"], rows["two"]
     assert entry["empathy"] == 4 and two["empathy"] == 1
-    assert two["empathy difference"] == (-3, -3, -3)
+    assert two["empathy difference"] == (-3, None, None)  # of one dialogue
     assert two["empathy wins"] == 75 and "empathy wins" not in entry
     assert two["first shown"] == 75  # 1 of the first 2 verdicts, and 2 of the next 2
     assert two["ties"] == 50
@@ -217,5 +254,38 @@ def test_tables_show_only_columns_and_rows_with_values():
     text = tables({"frequencies": {"accuracy": 50.0}} | rows)
     assert text.splitlines()[0] == "| system | accuracy | Q | Q_W | B | invalid |"
     assert "| frequencies | 50.0 |  |  |  |  |" in text
-    assert "| accuracy | +0.0 (+0.0 … +0.0) |" in text
+    assert "| accuracy | +0.0 |" in text
     assert "f1" not in text
+
+
+@pytest.mark.parametrize("dialogues", [4, 5])
+def test_tables_show_intervals_from_five_dialogues_on(dialogues):
+    """Q of a planner that is always right is 100. The note is below both tables."""
+    records = [make_record("ab", ["ab"])] * dialogues
+    rows = summarise({"one": records, "two": records}, AB, CONFIG)
+    frequencies = {"frequencies": {"accuracy": 50.0, "Q": 40.0}}
+    text = tables(frequencies | json.loads(json.dumps(rows)))
+    few = dialogues == 4
+    assert (rows["one"]["Q interval"] is None) == few
+    assert ("| one | 100.0 | 100.0 | 100.0 | 0.000 | 0.0 |" in text) == few
+    assert ("| one | 100.0 | 100.0 (100.0–100.0) | 100.0 | 0.000 (0.00–0.00) |" in text) != few
+    assert ("| Q | +0.0 |" in text) == few
+    assert ("| Q | +0.0 (+0.0 … +0.0) |" in text) != few
+    assert text.count(NO_INTERVAL) == (2 if few else 0)
+
+
+def test_the_interval_of_b_is_basic_and_never_below_zero():
+    """Both seeds and all 12 dialogues differ, so resamples of B vary. B is biased upwards, so its
+    interval is twice the estimate minus the percentiles; for Q it is the percentiles."""
+    draw = np.random.default_rng(0)
+    records = []
+    for _ in range(12):
+        names = ["".join(draw.choice(list("ab"), 8, p=[0.7, 0.3])) for _ in range(3)]
+        records.append(make_record(names[0], names[1:]))
+    counts = [count_predictions(record, AB, CONFIG) for record in records]
+    estimates = bootstrap_scores(counts, score_predictions, CONFIG.seed)
+    row = summarise_one(*records)
+    low, high = np.percentile(estimates["B"].resampled, [2.5, 97.5])
+    assert 2 * row["B"] - high < 0
+    assert row["B interval"] == pytest.approx((0, 2 * row["B"] - low))
+    assert row["Q interval"] == pytest.approx(np.percentile(estimates["Q"].resampled, [2.5, 97.5]))

@@ -53,8 +53,8 @@ def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
 
 @pytest.mark.parametrize("kind", ["toy", *(kind for kind in KINDS if "window" in kind)])
 def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
-    """One prompt continues another, one occurs twice, two differ only near their ends, and one shares
-    nothing. The continuations end at different lengths."""
+    """One prompt continues another, one occurs twice, two differ only near their ends, and one
+    shares nothing. The continuations end at different lengths."""
     model = deepcopy(toy[0]) if kind == "toy" else build(configure(kind))
     prompts = [
         [5, 6, 7, 8],
@@ -85,8 +85,8 @@ def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
 
 
 def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
-    """So a resumed mining run draws what an uninterrupted run would have drawn. The global generator
-    stays as it was."""
+    """So a resumed mining run draws what an uninterrupted run would have drawn. The global
+    generator stays as it was."""
     model, tokenizer = toy
     dialogue = sample[0]
 

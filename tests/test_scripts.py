@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import pytest
 from scripts import ROOT, command, lines, run
 
+from desc import DescError
 from desc.storage.adapters import adapter_digest
+from desc.storage.files import write_lines
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_evaluation_prints_tables_and_keeps_every_answer(out):
         g == p for r in answers for drawn in r["predicted"] for g, p in zip(r["gold"], drawn)
     )
     assert scores["accuracy"] == pytest.approx(100 * right / scores["turns"] / 3)
-    assert scores["Q interval"][0] <= scores["Q"] <= scores["Q interval"][1]
+    assert scores["Q interval"] is None  # of two dialogues
     digest = adapter_digest(out / "sp" / "dpo")
     assert settings["adapters"]["dpo"]["sp"] == digest
     assert results["facts"]["adapters"]["dpo"]["sp"] == digest
@@ -96,8 +99,8 @@ def test_evaluation_prints_tables_and_keeps_every_answer(out):
 
 
 def test_systems_are_compared_on_the_same_turns(out):
-    """A system does not differ from itself. With the human strategies, accuracy is 100 and no planner
-    is scored."""
+    """A system does not differ from itself. With the human strategies, accuracy is 100 and no
+    planner is scored."""
     adapters = f"sp:{out}/sp/sft,rg:{out}/rg/sft"
     systems = (
         f"first={adapters}",
@@ -117,7 +120,7 @@ def test_systems_are_compared_on_the_same_turns(out):
         "f1 difference",
         "empathy difference",
     }
-    assert all(value == [0, 0, 0] for value in same.values())
+    assert all(value == [0, None, None] for value in same.values())
     assert rows["oracle"]["accuracy"] == 100
     assert "nll" not in rows["oracle"]
     assert rows["oracle"]["length"] > 0
@@ -183,6 +186,86 @@ def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
     ):
         assert part in printed
     assert (tmp_path / "sp" / "dpo" / "adapter_model.safetensors").exists()
+
+
+def write_pairs(folder, pairs, valid_pairs):
+    """Both files of pairs, in TRL's three columns, from (prompt, chosen, rejected) texts."""
+    folder.mkdir()
+    for name, texts in (("pairs", pairs), ("pairs.valid", valid_pairs)):
+        records = [dict(zip(("prompt", "chosen", "rejected"), three)) for three in texts]
+        write_lines(folder / f"{name}.jsonl", records)
+
+
+def train_on(folder, *flags):
+    """What train_dpo.py prints about the pairs in a folder."""
+    common = ("--task", "rg", "--model", "toy", "--out", folder.parent, "--pairs", folder)
+    return run("train_dpo.py", *common, *flags)
+
+
+def find_problem(monkeypatch, script, *flags):
+    """The DescError with which a script on the toy model ends."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr("sys.argv", [script, *map(str, flags), "--model", "toy"])
+    with pytest.raises(DescError) as error:
+        import_module(script).main()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("share", ["dialogue", "none"])
+def test_pairs_of_one_name_in_both_files_keep_their_own_reference(tmp_path, share):
+    """No line has an id, so both files have a "line 1" and a "line 2". With two epochs all pairs
+    are scored before the first step, and there the policy still is its reference. Training with a
+    rate of 0 leaves it there."""
+    pairs = [("Hi", "Good morning to you.", "No."), ("I feel low", "Why is that?", "So what?")]
+    write_pairs(tmp_path / "pairs", pairs, [("I lost my job", "I am sorry.", "Next!"), *pairs[:1]])
+    train_on(tmp_path / "pairs", "--epochs", 2, "--lr", 0, "--share", share)
+    for step in lines(tmp_path / "rg" / "dpo" / "metrics.jsonl"):
+        loss = step.get("loss", step.get("valid/loss"))
+        assert loss == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_pairs_with_equal_answers_are_left_out_and_counted(tmp_path, monkeypatch):
+    good, equal = ("Hi", "Good morning.", "No."), ("Hi", "Yes.", "Yes.")
+    write_pairs(tmp_path / "some", [equal, good, good], [good, equal])
+    printed = train_on(tmp_path / "some")
+    assert "leaves out 1 of 3 pairs: chosen and rejected are the same" in printed
+    assert "leaves out 1 of 2 validation pairs" in printed
+    assert "2 pairs in 1 steps" in printed
+
+    dpo = (monkeypatch, "train_dpo", "--task", "rg", "--out", tmp_path, "--pairs")
+    write_pairs(tmp_path / "all", [equal, equal], [good])
+    problem = "chosen and rejected are the same in all 2 pairs; there is nothing to prefer"
+    assert find_problem(*dpo, tmp_path / "all") == problem
+    write_pairs(tmp_path / "valid", [good], [equal])
+    problem = "chosen and rejected are the same in all 1 validation pairs; there is nothing to"
+    assert find_problem(*dpo, tmp_path / "valid").startswith(problem)
+
+
+@pytest.mark.parametrize("estimate", [(), ("--estimate", 2)])
+def test_turns_that_are_too_long_end_training_before_the_first_step(
+    tmp_path, estimate, monkeypatch
+):
+    """The estimate and the run say the same: of turns and of pairs, to train or to validate on."""
+
+    def problem(*flags):
+        return find_problem(monkeypatch, *flags, "--out", tmp_path, *estimate)
+
+    sft = ("train_sft", "--task", "sp", "--train-dialogues", 2, "--max-length")
+    assert problem(*sft, 300).startswith("3 of 13 turns cannot be encoded; the first: 0/1: ")
+    assert problem(*sft, 320).startswith(
+        "3 of 17 validation turns cannot be encoded; the first: 24/2: "
+    )
+    short, long = ("Hi", "Hello.", "No."), ("Hi " * 300, "Hello.", "No.")
+    write_pairs(tmp_path / "pairs", [short] * 9 + [long], [short])
+    write_pairs(tmp_path / "valid", [short], [short, long])
+    dpo = ("train_dpo", "--task", "rg", "--max-length", 200, "--pairs")
+    assert problem(*dpo, tmp_path / "pairs").startswith(
+        "1 of 10 pairs cannot be encoded; the first: line 10: "
+    )
+    assert problem(*dpo, tmp_path / "valid").startswith(
+        "1 of 2 validation pairs cannot be encoded; the first: line 2: "
+    )
+    assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 @pytest.mark.slow

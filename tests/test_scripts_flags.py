@@ -2,10 +2,12 @@
 
 Every flag is read, and every mistake ends in one clear line."""
 
+import math
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from scripts import ROOT, run
@@ -13,6 +15,7 @@ from scripts import ROOT, run
 from desc import DescError, flags
 
 SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "desc.chat.__main__")
+BENCHMARKS = ("contest", "scaling", "planning")
 
 
 @pytest.mark.parametrize(
@@ -70,8 +73,10 @@ def test_a_script_ends_with_that_line_alone(arguments, message):
 @pytest.mark.parametrize(
     "kind, flag, value, allowed",
     [
-        (flags.TrainConfig, "--rank", "0", "at least 1"),
-        (flags.TrainConfig, "--eval-dialogues", "-1", "at least 0"),
+        (flags.TrainConfig, "--rank", "0", "from 1 to 4096"),
+        (flags.TrainConfig, "--eval-dialogues", "-1", "from 0 to 1000000"),
+        (flags.TrainConfig, "--alpha", "0.0", "from 1e-06 to 10000"),
+        (flags.TrainConfig, "--max-grad-norm", "-1.0", "from 0 to 1000000"),
         (flags.TrainConfig, "--dropout", "1.0", "from 0 to 0.99"),
         (flags.TrainConfig, "--warmup", "nan", "from 0 to 1"),
         (flags.SampleConfig, "--top-p", "0.0", "from 1e-06 to 1"),
@@ -82,6 +87,58 @@ def test_a_number_out_of_range_is_an_error(kind, flag, value, allowed, monkeypat
     monkeypatch.setattr("sys.argv", ["script.py", flag, value, *task])
     with pytest.raises(DescError, match=f"^{flag} {value}: should be {allowed}$"):
         flags.parse(kind)
+
+
+def test_every_number_of_a_list_is_in_its_range(monkeypatch):
+    @dataclass
+    class Sizes(flags.Config):
+        sizes: list[int] = flags.flag([1, 2], "sizes", at_least=1, at_most=8)
+
+    monkeypatch.setattr("sys.argv", ["script.py", "--sizes", "3", "8"])
+    assert flags.parse(Sizes).sizes == [3, 8]
+    monkeypatch.setattr("sys.argv", ["script.py", "--sizes", "3", "9"])
+    with pytest.raises(DescError, match="^--sizes 9: should be from 1 to 8$"):
+        flags.parse(Sizes)
+
+
+def numbers_of(kind) -> dict[str, type]:
+    """The flags of a configuration that hold a number or several: {name: int or float}."""
+    numbers = {}
+    for name, hint in get_type_hints(kind).items():
+        for part in (hint, *get_args(hint)):  # float | None, list[int]
+            if part in (int, float):
+                numbers[name] = part
+    return numbers
+
+
+@pytest.mark.parametrize("script", (*SCRIPTS, *BENCHMARKS))
+def test_every_number_has_two_finite_ends(script, monkeypatch):
+    """A new flag without a range fails here. Numbers beyond either end, nan and inf are refused."""
+    for folder in (ROOT, ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
+    configs = [
+        kind
+        for kind in vars(import_module(script)).values()
+        if isinstance(kind, type) and issubclass(kind, flags.Config)
+    ]
+    assert configs
+    for kind in configs:
+        needed = ["--task", "sp"] if issubclass(kind, flags.TaskConfig) else []
+        monkeypatch.setattr("sys.argv", ["script.py", *needed])
+        flags.parse(kind)  # the defaults are in range
+        by_name = {f.name: f for f in fields(kind)}
+        for name, number in numbers_of(kind).items():
+            low, high = by_name[name].metadata["range"]
+            assert low is not None and high is not None, f"--{name} of {kind} has no range"
+            assert math.isfinite(low) and math.isfinite(high), f"--{name} of {kind}"
+            bad = [low - 1, high + 1, 10**30]
+            if number is float:
+                bad += ["nan", "inf", "-inf"]
+            for value in bad:
+                argument = f"--{name.replace('_', '-')}={value}"
+                monkeypatch.setattr("sys.argv", ["script.py", *needed, argument])
+                with pytest.raises(DescError, match=": should be from "):
+                    flags.parse(kind)
 
 
 def test_an_unknown_flag_is_an_error():

@@ -77,7 +77,10 @@ def test_an_endpoint_answers_and_annotates_and_its_judgements_route(tmp_path, se
     calls = len(server.calls)
     assert 3 * len(answers) <= calls < 3 * len(answers) + 30
 
-    run(*mine, "--out", tmp_path / "two", ranks=2)
+    printed = run(*mine, "--out", tmp_path / "two", ranks=2)
+    count = len(answers)
+    unread = f"could not be read: annotate 0 of {count}, rg 0 of {count}, sp 0 of {count}\n"
+    assert printed.count(unread) == 1
     # Two ranks record the same as a single one.
     assert lines(tmp_path / "two" / "mined" / "answers.jsonl")[1:] == records
     del server.calls[calls:]
@@ -101,3 +104,56 @@ def test_an_endpoint_answers_and_annotates_and_its_judgements_route(tmp_path, se
     review.write_text(text.replace(",Hm.,\n", ",Hm.,none\n"), encoding="utf-8")
     measure = ("mine_preferences.py", "--task", "rg", "--agreement", review, "--model", "toy")
     assert "3 turns of" in run(*measure)
+
+
+THOUGHTS = {"finish_reason": "length", "message": {"content": None, "reasoning": "Hm, well"}}
+
+
+def answer_oddly(body):
+    """The answer of any module. On turn 0 a judgement is null, on turn 1 there are only thoughts,
+    and on turn 2 it is half a surrogate."""
+    turn = body["messages"][-1]["content"].count("\nseeker: ")
+    judgements = ['{"error": null}', THOUGHTS, {"message": {"content": "\ud83d"}}]
+    judgement = judgements[turn] if turn < 3 else '{"error": "none"}'
+    return {"sp": "Question", "rg": "<think>So</think>Hm.", "annotate": judgement}[body["model"]]
+
+
+def test_odd_answers_are_kept_and_counted_and_stop_no_run(tmp_path, server):
+    server.script = [answer_oddly]
+    mine = ("mine_preferences.py", "--task", "rg", "--out", tmp_path, "--train-dialogues", 2)
+    mine += ("--eval-dialogues", 1, "--routing", "paper", "--sampler", "endpoint")
+    mine += ("--annotator", "endpoint", "--endpoint", server.url, "--endpoint-model", "{task}")
+    assert "should be a JSON object" in run(*mine, "--template-options", "no", fails=True)
+    printed = run(*mine)
+    _, *records = lines(tmp_path / "mined" / "answers.jsonl")
+    answers = [answer for record in records for answer in record["answers"]]
+    assert {answer["reply"] for answer in answers} == {"Hm."}
+    labels = [answer["judged"]["error"] for answer in answers]
+    assert labels.count("unreadable") == 9 and labels.count("none") == len(labels) - 9
+    share = f"{900 / len(labels):.1f} %"
+    causes = "3 cut off, 3 no answer of the asked form, 3 odd content"
+    assert f"read: annotate 9 of {len(labels)} ({share}: {causes})" in printed
+    rooms = [body["max_tokens"] for _, body in server.calls if body["model"] == "annotate"]
+    assert rooms.count(1024) == len(labels) and rooms.count(4096) == 3
+
+    calls = len(server.calls)
+    assert "could not be read" not in run(*mine)  # because nothing is asked again
+    assert len(server.calls) == calls
+
+
+def test_a_judge_that_thinks_is_told_not_to(tmp_path, server):
+    def think(body):
+        quiet = body.get("chat_template_kwargs") == {"enable_thinking": False}
+        return "4" if quiet else THOUGHTS
+
+    server.script = [think]
+    judge = ("evaluate.py", "--systems", "a=sp:base,rg:base", "--model", "toy", "--out", tmp_path)
+    judge += ("--eval-dialogues", 1, "--max-new-tokens", 4, "--max-length", 4096)
+    judge += ("--judge", "endpoint", "--endpoint", server.url, "--endpoint-model", "m")
+    printed = run(*judge, "--judge-tokens", 32)
+    count = len(server.calls) // 2
+    assert f"read: judge {count} of {count} (100.0 %: {count} cut off)" in printed
+    assert {body["max_tokens"] for _, body in server.calls} == {32, 128}
+    printed = run(*judge, "--template-options", '{"enable_thinking": false}')
+    assert f"read: judge 0 of {count}\n" in printed
+    assert len(server.calls) == 3 * count

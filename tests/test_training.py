@@ -12,26 +12,40 @@ from tqdm import tqdm
 
 from desc import DescError
 from desc.encoding import encode
+from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, lora_layers
 from desc.losses import dpo_loss, sft_loss
-from desc.modeling import load, sequence_logps
+from desc.modeling import load
 from desc.prompts import build_examples
-from desc.training.batches import make_batches, prepare_ahead
+from desc.training.batches import encode_all, make_batches, prepare_ahead
 from desc.training.estimate import estimate, memory
 from desc.training.run import (
     Run,
     clip_and_step,
     learning_rate,
     save_checkpoint_if_due,
+    serving_advice,
     write_pending,
 )
 from desc.training.speed import compile_layers, recompute_activations
 from desc.tree import SHARING, pack
 
 
+def test_all_that_cannot_be_encoded_is_counted_and_the_first_named():
+    def encode(number):
+        if number % 3 == 0:
+            raise DescError(f"{number} is too long")
+        return str(number)
+
+    assert encode_all(encode, [1, 2, 4], "numbers") == ["1", "2", "4"]
+    with pytest.raises(DescError) as error:
+        encode_all(encode, list(range(1, 11)), "numbers")
+    assert str(error.value) == "3 of 10 numbers cannot be encoded; the first: 3 is too long"
+
+
 def test_batches_are_whole_dialogues_when_sharing_by_dialogue():
-    """Dialogues have 5 examples each, and the batch size is 12. Two dialogues make 10. A third would
-    make 15, which is further from 12. Every example comes once."""
+    """Dialogues have 5 examples each, and the batch size is 12. Two dialogues make 10. A third
+    would make 15, which is further from 12. Every example comes once."""
     examples = [SimpleNamespace(dialogue=str(i // 5), turn=i % 5) for i in range(35)]
     batches = make_batches(examples, 12, "dialogue", seed=0, epoch=0)
     assert [len(batch) for batch in batches] == [10, 10, 10, 5]
@@ -95,6 +109,39 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
     ):
         save_checkpoint_if_due(run, 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_clipping_the_gradient_stays_as_it_is(tmp_path):
+    """AdamW's first moment is 0.1 times the gradient (3, -4). Clipped to norm 1 it would be a fifth
+    of that. The norm, 5, is logged all the same."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    config = SimpleNamespace(warmup=0.1, lr=0.5, max_grad_norm=0.0)
+    run = make_run(tmp_path, weight)
+    weight.grad = torch.tensor([3.0, -4.0])
+    clip_and_step(run, config, {"loss": torch.tensor(7.0)}, "turns 1 … 2")
+    assert run.optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([0.3, -0.4])
+    assert weight.tolist() == pytest.approx([0.5, 1.5], abs=1e-5)
+    write_pending(run)
+    assert lines(tmp_path / "metrics.jsonl")[0]["grad_norm"] == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    "adapter_rank, advice",
+    [
+        (32, ""),
+        (512, ""),
+        (1, "the adapter's rank is 1: vLLM serves it with --max-lora-rank 8"),
+        (24, "the adapter's rank is 24: vLLM serves it with --max-lora-rank 32"),
+        (257, "the adapter's rank is 257: vLLM serves it with --max-lora-rank 320"),
+        (
+            528,
+            "the adapter's rank is 528, but vLLM serves at most 512: merge it into the base model"
+            " (README), or train with a lower --rank; those of SFT and DPO add up",
+        ),
+    ],
+)
+def test_advice_on_ranks_that_vllm_does_not_take_by_name(adapter_rank, advice):
+    assert serving_advice(adapter_rank) == advice
 
 
 def test_the_next_batch_is_prepared_while_the_caller_works():

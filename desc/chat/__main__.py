@@ -16,7 +16,6 @@ from desc import DescError, cli
 from desc.chat.conversation import Chat, attach
 from desc.chat.safety import OPENING
 from desc.flags import SampleConfig, parse
-from desc.modeling import load
 from desc.strategies import read_strategies
 from desc.training import ranks
 
@@ -29,8 +28,8 @@ def main():
     print(OPENING)
     strategies = read_strategies(config.strategies)
     device = ranks.join_ranks()
-    cli.choose_dtype(config, device)
-    model, tokenizer = load(config.model, config.torch_dtype, device)
+    cli.resolve_auto(config, device)
+    model, tokenizer = cli.load_model(config, device)
     chat = Chat(model, tokenizer, config, strategies, attach(model, config.out))
     print(
         f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."

@@ -19,6 +19,7 @@ from desc.evaluation.tables import (
     PLANNER_COLUMNS,
     TEXT_COLUMNS,
     decimals,
+    missing_intervals,
     select_columns,
 )
 from desc.storage.files import write_bytes
@@ -117,7 +118,10 @@ def score_table_html(caption: str, rows: dict[str, dict], columns: Sequence[str]
     if not filled:
         return ""
     lines = {name: [html_cell(row, column) for column in shown] for name, row in filled.items()}
-    return table_html(caption, ["system", *shown], lines)
+    note = missing_intervals(filled, shown).strip()
+    if note:
+        note = f'<p class="how">{escape(note)}</p>'
+    return table_html(caption, ["system", *shown], lines) + note
 
 
 def other_columns(rows: dict[str, dict]) -> list[str]:
@@ -139,13 +143,15 @@ def html_cell(row: dict, column: str) -> str:
     text = ""
     if column in row:
         text += f"{row[column]:,.{digits}f}"
-    if f"{column} interval" in row:
+    if row.get(f"{column} interval") is not None:
         low, high = row[f"{column} interval"]
         text += f"<small>{low:.{digits}f} – {high:.{digits}f}</small>"
     if f"{column} difference" in row:
         difference, low, high = row[f"{column} difference"]
-        text += f"<small>Δ {difference:+.{digits}f} "
-        text += f"({low:+.{digits}f} … {high:+.{digits}f})</small>"
+        text += f"<small>Δ {difference:+.{digits}f}"
+        if low is not None:
+            text += f" ({low:+.{digits}f} … {high:+.{digits}f})"
+        text += "</small>"
     return f"<td>{text.replace('-', '−')}</td>"
 
 

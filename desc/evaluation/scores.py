@@ -29,6 +29,7 @@ from desc.strategies import Strategies
 
 FREQUENCIES = "training frequencies"  # the row of a planner that ignores the context
 TOP = (2, 3)  # the k of the columns top-k
+BIASED = ("B", "B greedy", "B expected", "ece")  # too high on few turns, and never below 0
 VERDICT_ORDER = ("ours", "theirs")  # in this order a verdict's two replies are shown first
 
 Counts = dict[str, np.ndarray]  # what is added up over dialogues, by name
@@ -185,12 +186,14 @@ def to_percent(flags: Iterable[bool]) -> list[float]:
 
 
 def score_replies(counts: Counts) -> dict[str, np.ndarray]:
-    """The mean of each column that has any values, from sums of count_replies (…, 2)."""
+    """The mean of each column that has any values, from sums of count_replies (…, 2); nan where
+    there are none."""
     means = {}
     for column, pair in counts.items():
         total, number = pair[..., 0], pair[..., 1]
         if number.any():
-            means[column] = total / np.maximum(number, 1e-12)
+            undefined = np.full(total.shape, np.nan)
+            means[column] = np.divide(total, number, out=undefined, where=number > 0)
     return means
 
 
@@ -200,6 +203,7 @@ class Bootstrapped:
 
     value: np.ndarray  # ()
     resampled: np.ndarray  # (samples,)
+    dialogues: int  # how many have a value
 
 
 def bootstrap_scores(
@@ -209,27 +213,52 @@ def bootstrap_scores(
     dialogues. The same seed draws the same dialogues for every system."""
     if not counts:
         return {}
-    sums, resampled_sums = {}, {}
+    stacked, sums, resampled_sums = {}, {}, {}
     for name in counts[0]:
         by_dialogue = [count[name] for count in counts]
+        stacked[name] = np.stack(by_dialogue)
         sums[name] = sum(by_dialogue)
         resampled_sums[name] = resample(by_dialogue, seed=seed)
-    values = score(sums)
+    alone = score(stacked)  # of each dialogue
     resampled = score(resampled_sums)
-    return {column: Bootstrapped(value, resampled[column]) for column, value in values.items()}
+    estimates = {}
+    for column, value in score(sums).items():
+        dialogues = int((~np.isnan(alone[column])).sum())
+        estimates[column] = Bootstrapped(value, resampled[column], dialogues)
+    return estimates
+
+
+def subtract(estimate: Bootstrapped, first: Bootstrapped) -> Bootstrapped:
+    """The difference of two systems' scores, resample by resample: it is paired by dialogue."""
+    return Bootstrapped(
+        estimate.value - first.value,
+        estimate.resampled - first.resampled,
+        min(estimate.dialogues, first.dialogues),
+    )
+
+
+def limits_of(column: str, estimate: Bootstrapped) -> tuple[float, float] | None:
+    """The interval of a column's score or difference; None below FEWEST_GROUPS dialogues."""
+    biased_estimate = float(estimate.value) if column in BIASED else None
+    return interval(estimate.resampled, estimate.dialogues, biased_estimate)
 
 
 def make_columns(estimates: dict[str, Bootstrapped], first: dict[str, Bootstrapped]) -> dict:
     """Each score with its "interval" and, if `first` (the first system's) has it too, its
-    "difference", which is paired by dialogue."""
+    "difference", which is paired by dialogue.
+
+    Below FEWEST_GROUPS dialogues the interval is None, and so are the difference's limits."""
     columns = {}
     for column, estimate in estimates.items():
+        limits = limits_of(column, estimate)
+        if limits and column in BIASED:
+            limits = tuple(max(limit, 0.0) for limit in limits)
         columns[column] = float(estimate.value)
-        columns[f"{column} interval"] = interval(estimate.resampled)
+        columns[f"{column} interval"] = limits
         if column in first:
-            difference = float(estimate.value - first[column].value)
-            low, high = interval(estimate.resampled - first[column].resampled)
-            columns[f"{column} difference"] = (difference, low, high)
+            difference = subtract(estimate, first[column])
+            low, high = limits_of(column, difference) or (None, None)
+            columns[f"{column} difference"] = (float(difference.value), low, high)
     return columns
 
 
@@ -237,9 +266,11 @@ def summarise(systems: dict[str, list[dict]], strategies: Strategies, config) ->
     """{system: its row} from {system: one record per dialogue}.
 
     A row holds each score by COLUMN, "COLUMN interval" (95 %) and, after the first system, "COLUMN
-    difference": the difference to the first system and its interval, paired by dialogue. It also
-    holds what single strategies and seeds did, the annotator's errors, and the scores of all
-    replies together. `config` is a desc.flags.SampleConfig; its seed draws the resamples."""
+    difference": the difference to the first system and its interval, paired by dialogue. Limits are
+    None below desc.metrics.FEWEST_GROUPS dialogues.
+
+    It also holds what single strategies and seeds did, the annotator's errors, and the scores of
+    all replies together. `config` is a desc.flags.SampleConfig; its seed draws the resamples."""
     rows = {}
     first = {}
     for name, records in systems.items():

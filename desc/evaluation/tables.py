@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from desc.cli import markdown
 from desc.judging.judge import RUBRICS
+from desc.metrics import NO_INTERVAL
 
 PLANNER_COLUMNS = (
     "accuracy",
@@ -55,7 +56,7 @@ def select_columns(
 def tables(rows: dict[str, dict]) -> str:
     """Up to four tables in Markdown of {system: its row}, as desc.evaluation.scores.summarise makes
     them: of planners, of replies, of what was judged, and of differences to the first system. A
-    table without any values is left out."""
+    table without any values is left out. A line below a table says why intervals are missing."""
     parts = []
     for columns in (PLANNER_COLUMNS, TEXT_COLUMNS, JUDGE_COLUMNS):
         parts.append(score_table(rows, columns))
@@ -71,7 +72,22 @@ def score_table(rows: dict[str, dict], columns: tuple[str, ...]) -> str:
     lines = [["system", *shown]]
     for name, row in filled.items():
         lines.append([name, *(markdown_cell(row, column) for column in shown)])
-    return markdown(lines)
+    with_interval = [column for column in shown if column in INTERVAL_COLUMNS]
+    return markdown(lines) + missing_intervals(filled, with_interval)
+
+
+def missing_intervals(rows: dict[str, dict], columns: Iterable[str]) -> str:
+    """The line that says why intervals are missing; "" if none is. The row of training frequencies
+    never has one, and no key for it."""
+    for row in rows.values():
+        for column in columns:
+            limits, difference = (
+                row.get(f"{column} interval", ()),
+                row.get(f"{column} difference", ()),
+            )
+            if limits is None or None in difference:
+                return f"\n\n{NO_INTERVAL}"
+    return ""
 
 
 def markdown_cell(row: dict, column: str) -> str:
@@ -80,9 +96,10 @@ def markdown_cell(row: dict, column: str) -> str:
         return ""
     digits = decimals(column)
     text = f"{row[column]:.{digits}f}"
-    if column not in INTERVAL_COLUMNS or f"{column} interval" not in row:
+    limits = row.get(f"{column} interval")
+    if column not in INTERVAL_COLUMNS or limits is None:
         return text
-    low, high = row[f"{column} interval"]
+    low, high = limits
     digits = min(digits, 2)
     return f"{text} ({low:.{digits}f}–{high:.{digits}f})"
 
@@ -95,7 +112,11 @@ def difference_table(rows: dict[str, dict]) -> str:
     for column in (*PLANNER_COLUMNS, *TEXT_COLUMNS, *JUDGE_COLUMNS):
         if any(f"{column} difference" in row for row in later.values()):
             lines.append([column, *(difference_cell(row, column) for row in later.values())])
-    return markdown(lines) if later else ""
+    if not later:
+        return ""
+    return markdown(lines) + missing_intervals(
+        later, (*PLANNER_COLUMNS, *TEXT_COLUMNS, *JUDGE_COLUMNS)
+    )
 
 
 def difference_cell(row: dict, column: str) -> str:
@@ -103,6 +124,8 @@ def difference_cell(row: dict, column: str) -> str:
         return ""
     digits = decimals(column)
     difference, low, high = row[f"{column} difference"]
+    if low is None:
+        return f"{difference:+.{digits}f}"
     return f"{difference:+.{digits}f} ({low:+.{digits}f} … {high:+.{digits}f})"
 
 

@@ -22,13 +22,12 @@ from desc.judging.statistics import (
     Group,
     Statistic,
     bootstrap_statistic,
-    defined_interval,
     kappa_of_confusion,
     kendall,
     pooled_statistic,
     spearman,
 )
-from desc.metrics import interval, resample
+from desc.metrics import FEWEST_GROUPS, NO_INTERVAL, interval, resample
 from desc.mining import LABELS, Annotator, Answer
 from desc.storage.files import read_text, write_bytes
 from desc.strategies import Strategies
@@ -180,8 +179,9 @@ def agreement_report(
     """How far an annotator agrees with people, as text, from the labels of each and the turns'
     dialogues.
 
-    It shows κ with its 95 % interval (bootstrap over dialogues), a table with one line per label,
-    and the confusion matrix. An unreadable annotation agrees with nothing."""
+    It shows κ with its 95 % interval (bootstrap over dialogues; none below FEWEST_GROUPS), a table
+    with one line per label, and the confusion matrix. An unreadable annotation agrees with
+    nothing."""
     names = [*LABELS, *sorted(set(annotator) - set(LABELS))]
     counts = {dialogue: np.zeros((len(names), len(names))) for dialogue in dialogues}
     for label, annotated, dialogue in zip(people, annotator, dialogues, strict=True):
@@ -189,15 +189,17 @@ def agreement_report(
     groups = list(counts.values())
     total = sum(groups)  # (K, K): rows are the annotator's labels, columns people's
 
-    low, high = interval(kappa_of_confusion(resample(groups, seed=seed)))
+    limits = interval(kappa_of_confusion(resample(groups, seed=seed)), len(groups))
     same = 100 * total.trace() / total.sum()
     commonest = total.sum(0).max() / total.sum()
     summary = (
         f"{len(people)} turns of {len(groups)} dialogues:"
-        f" κ {kappa_of_confusion(total):.3f} ({low:.3f}–{high:.3f}),"
+        f" κ {kappa_of_confusion(total):.3f}{format_interval(limits)},"
         f" the same label for {same:.1f} %;"
         f" always the commonest would be right for {100 * commonest:.1f} % (κ 0)"
     )
+    if limits is None:
+        summary += f"\n\n{NO_INTERVAL}"
     by_label = [["type", "labelled", "annotated", "precision", "recall", "κ"]]
     matrix = [["annotated \\ labelled", *names]]
     for i, name in enumerate(names):
@@ -221,6 +223,14 @@ def score_label(total: np.ndarray, i: int) -> list[str]:
         format_share(hits, labelled),
         f"{kappa_of_confusion(against_others):.3f}",
     ]
+
+
+def format_interval(limits: tuple[float, float] | None) -> str:
+    """ " (0.812–1.000)"; "" if there is no interval."""
+    if limits is None:
+        return ""
+    low, high = limits
+    return f" ({low:.3f}–{high:.3f})"
 
 
 def format_share(part: float, whole: float) -> str:
@@ -254,9 +264,11 @@ def correlate_ratings(path: str | Path, seed: int = 0) -> str:
 
     The CSV has the columns "X judge" and "X human" for any rubric X; lines that have both ratings
     count. The table shows Spearman's ρ and Kendall's τ_b with 95 % intervals (bootstrap over
-    dialogues). Raises DescError if a rating is no number, or if no line has both."""
+    dialogues; none below FEWEST_GROUPS). Raises DescError if a rating is no number, or if no line
+    has both."""
     lines = read_table(Path(path))
     table = [["rubric", "replies", "Spearman", "Kendall"]]
+    note = ""
     for column in lines[0] if lines else ():
         if not column or not column.endswith(" judge"):
             continue
@@ -267,12 +279,14 @@ def correlate_ratings(path: str | Path, seed: int = 0) -> str:
             rho = format_correlation(spearman, groups, seed)
             tau = format_correlation(kendall, groups, seed)
             table.append([rubric, str(replies), rho, tau])
+            if len(groups) < FEWEST_GROUPS:
+                note = f"\n\n{NO_INTERVAL}"
     if len(table) == 1:
         raise DescError(
             f"{path}: no row has both a judge's and a human rating, in columns like 'empathy judge'"
             " and 'empathy human'"
         )
-    return markdown(table)
+    return markdown(table) + note
 
 
 def pair_ratings(path: str | Path, lines: list[dict[str, str]], rubric: str) -> list[Group]:
@@ -301,6 +315,7 @@ def read_number(cell: str) -> float:
 
 
 def format_correlation(statistic: Statistic, groups: list[Group], seed: int) -> str:
-    """A correlation with its 95 % interval, "0.943 (0.812–1.000)"."""
-    low, high = defined_interval(bootstrap_statistic(statistic, groups, seed=seed))
-    return f"{pooled_statistic(statistic, groups):.3f} ({low:.3f}–{high:.3f})"
+    """A correlation with its 95 % interval, "0.943 (0.812–1.000)"; without one below FEWEST_GROUPS
+    dialogues."""
+    limits = interval(bootstrap_statistic(statistic, groups, seed=seed), len(groups))
+    return f"{pooled_statistic(statistic, groups):.3f}{format_interval(limits)}"

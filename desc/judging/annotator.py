@@ -18,7 +18,8 @@ from desc import cli
 from desc.encoding import encode
 from desc.esconv import Turn, flatten
 from desc.flags import AskConfig, DataConfig
-from desc.judging.endpoint import Endpoint, json_schema_format
+from desc.judging.completions import SURROGATE
+from desc.judging.endpoint import MARK, Endpoint, json_schema_format
 from desc.lora import adapter_only
 from desc.mining import LABELS, UNREADABLE, Annotation, Annotator, Case
 from desc.prompts import Messages
@@ -42,8 +43,6 @@ SCHEMA = {
     "required": list(FIELDS),
     "additionalProperties": False,
 }
-# The first character of chat templates' own marks, such as "<|im_end|>", "</s>" and "[INST]".
-MARK = re.compile(r"<(?=[|｜/A-Za-z])|\[(?=/?[A-Z_]+\])")
 
 
 @cache
@@ -129,21 +128,28 @@ class LocalAnnotator:
 
 @dataclass(frozen=True)
 class EndpointAnnotator:
-    """Asks a model behind an endpoint for an annotation in JSON on each case."""
+    """Asks a model behind an endpoint for an annotation in JSON on each case.
+
+    An answer that cannot be read is UNREADABLE, with what was written as its explanation."""
 
     endpoint: Endpoint
+    max_tokens: int = AskConfig.annotator_tokens
 
     def __call__(self, cases: list[Case]) -> list[Annotation]:
         conversations = [build_annotator_messages(case, BY_JSON) for case in cases]
-        texts = self.endpoint.ask_all(
+        completions = self.endpoint.ask_all(
             conversations,
             MODULE,
             seed=0,
+            readable=lambda text: read_annotation(text).error != UNREADABLE,
             temperature=0.0,
-            max_tokens=200,
+            max_tokens=self.max_tokens,
             response_format=json_schema_format(SCHEMA),
         )
-        return [read_annotation(text) for text in texts]
+        return [
+            Annotation(UNREADABLE, 0.0, said.text) if said.problem else read_annotation(said.text)
+            for said in completions
+        ]
 
 
 def make_annotator(
@@ -153,7 +159,7 @@ def make_annotator(
 
     The local one gets the adapter OUT/annotate/sft attached, if there is one."""
     if config.annotator == "endpoint":
-        return EndpointAnnotator(endpoint)
+        return EndpointAnnotator(endpoint, config.annotator_tokens)
     if config.annotator == "local":
         otherwise = "the base model judges; train_sft.py --task annotate makes a better annotator"
         cli.use_adapter(model, Path(config.out) / MODULE / "sft", MODULE, otherwise)
@@ -164,18 +170,20 @@ def make_annotator(
 def read_annotation(text: str) -> Annotation:
     """The annotation in what a model wrote: the first JSON object in it, or a bare label.
 
-    If there is neither, its error is UNREADABLE, and its explanation is the whole text."""
+    If there is neither, or if a field makes no sense, its error is UNREADABLE, and its explanation
+    is the whole text."""
     unreadable = Annotation(UNREADABLE, 0.0, text)
     try:
         answer = read_answer(text)
-        error = str(answer["error"]).strip().casefold()
+        error = answer["error"].strip().casefold()
         confidence = float(answer.get("confidence", 1.0))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return unreadable
-    if error not in LABELS or math.isnan(confidence):
+    explanation = answer.get("explanation") or ""
+    is_text = isinstance(explanation, str) and not SURROGATE.search(explanation)
+    if error not in LABELS or not math.isfinite(confidence) or not is_text:
         return unreadable
-    confidence = min(max(confidence, 0.0), 1.0)
-    return Annotation(error, confidence, str(answer.get("explanation", "")))
+    return Annotation(error, min(max(confidence, 0.0), 1.0), explanation)
 
 
 def read_answer(text: str) -> dict:

@@ -2,47 +2,122 @@
 
 Such servers are vLLM, SGLang, llama.cpp's, `transformers serve` and hosted ones."""
 
+import json
+import math
 import os
 import random
+import re
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session
 
 from desc import DescError
 from desc.esconv import Dialogue
 from desc.flags import AskConfig, SampleConfig
+from desc.judging.completions import (
+    CUT_OFF,
+    EMPTY,
+    ODD,
+    OTHER_FORM,
+    Completion,
+    format_unread,
+    read_completion,
+)
 from desc.prompts import Messages, build_messages
 from desc.sampling import seed_of
 from desc.strategies import Strategies
 from desc.training import ranks
 
-OPTIONAL = ("response_format", "seed")  # settings that not every server knows
+# Settings that not every server knows, in the order in which they are left out.
+OPTIONAL = ("response_format", "seed", "chat_template_kwargs")
 NOT_UNDERSTOOD = (400, 422)  # what a server answers to a setting that it does not know
 TEMPORARY = (408, 409, 429)  # as is any status from 500
-# What the client raises if the server cannot be reached or refuses, then what reading raises if the
+LONGEST_WAIT = 600  # seconds; a server that asks to wait longer ends the run
+LONGEST_BODY = 10_000_000  # bytes; no chat completion is longer
+MORE_ROOM = 4  # times as many tokens for the second try of an answer that was cut off
+
+# The first character of chat templates' own marks, such as "<|im_end|>", "</s>" and "[INST]".
+MARK = re.compile(r"<(?=[|｜/_A-Za-z])|\[(?=\||/?g?[A-Z_]+\])|◁")
+
+
+class BadStatus(Exception):
+    """The server answered with a status that is no success."""
+
+    def __init__(self, status: int, complaint: str, seconds: float = 0.0):
+        super().__init__(status)
+        self.status = status
+        self.complaint = complaint  # in the server's words
+        self.seconds = seconds  # that it asks to wait
+
+
+class Refused(DescError):
+    """The server refuses a call, and would refuse it again."""
+
+
+# What a call raises if the server cannot be reached or refuses, then what reading raises if the
 # answer is no chat completion.
-CALL_ERRORS = (HTTPError, OSError, LookupError, TypeError, ValueError, AttributeError)
-
-
-class VerbatimFormat(dict):
-    """A response_format that the client sends as it is.
-
-    If a plain dict's "type" is json_schema, the client turns it into a grammar for Hugging Face's
-    own server, which other servers do not know. It asks get() for the type, so get() hides it."""
-
-    def get(self, name, default=None):
-        return None if name == "type" else super().get(name, default)
+CALL_ERRORS = (BadStatus, HTTPError, OSError, LookupError, TypeError, ValueError, AttributeError)
 
 
 def json_schema_format(schema: dict) -> dict:
     """The protocol's response_format, for servers that can hold a model to a JSON schema."""
     named = {"name": "answer", "schema": schema, "strict": True}
-    return VerbatimFormat(type="json_schema", json_schema=named)
+    return {"type": "json_schema", "json_schema": named}
+
+
+def read_template_options(text: str | None) -> dict:
+    """The options of --template-options; none without that flag.
+
+    Raises DescError if the text is no JSON object."""
+    try:
+        options = json.loads(text or "{}")
+        json.dumps(options, allow_nan=False)
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise DescError(
+            """--template-options should be a JSON object, such as '{"enable_thinking": false}'"""
+        )
+    return options
+
+
+def read_key() -> str | None:
+    """The key in $DESC_API_KEY. Raises DescError if no header can hold it."""
+    key = os.environ.get("DESC_API_KEY", "")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise DescError(
+            "$DESC_API_KEY holds a line break, a blank or a character that no key has: set it again"
+        )
+    return key or None
+
+
+def find_address(url: str) -> tuple[str, str]:
+    """(the address of chat completions, what messages call the server) of an --endpoint.
+
+    The path may leave out "/v1". Messages name the host alone, because a path may hold a key.
+    Raises DescError if it is no such URL."""
+    try:
+        parsed = get_session().build_request("POST", url).url
+    except Exception:  # the client's errors for this have no common class
+        parsed = None
+    if parsed is None or parsed.scheme not in ("http", "https") or not parsed.host:
+        raise DescError("--endpoint should be a URL such as http://127.0.0.1:8000/v1")
+    if parsed.userinfo or "?" in url or "#" in url:
+        raise DescError(
+            "--endpoint should have no user, password or query, because config.json keeps it: a key"
+            " is read from $DESC_API_KEY alone"
+        )
+    address = url.rstrip("/")
+    if not address.endswith("/chat/completions"):
+        address += "/chat/completions" if address.endswith("/v1") else "/v1/chat/completions"
+    return address, f"{parsed.scheme}://{parsed.netloc.decode()}"
 
 
 class Endpoint:
@@ -52,8 +127,14 @@ class Endpoint:
     judge), because one server may hold an adapter for each. A key is read from $DESC_API_KEY.
 
     A call that meets 408, 409, 429, 5xx, a timeout or no connection, or whose answer is no chat
-    completion, is tried again, `tries` times in all, after 1, 2, 4, … seconds. `max_calls` counts
-    every try; None sets no limit."""
+    completion, is tried again, `tries` times in all, after 1, 2, 4, … seconds, or after as many as
+    the server's Retry-After says. `max_calls` counts every try; None sets no limit. `timeout`
+    (seconds) bounds a whole call. Redirects are not followed, because they could lead a seeker's
+    words to another host. `template_options` go to the server's chat template, as vLLM, SGLang and
+    llama.cpp read them ("chat_template_kwargs").
+
+    A model's thoughts are removed, whether the server leaves them in the content or not. Raises
+    DescError if the URL or the key is no such thing."""
 
     @staticmethod
     def of(config: AskConfig) -> "Endpoint":
@@ -66,7 +147,12 @@ class Endpoint:
         if config.max_calls:
             max_calls = len(range(ranks.rank(), config.max_calls, ranks.world_size()))
         return Endpoint(
-            config.endpoint, config.endpoint_model, config.concurrency, config.timeout, max_calls
+            config.endpoint,
+            config.endpoint_model,
+            config.concurrency,
+            config.timeout,
+            max_calls,
+            template_options=read_template_options(config.template_options),
         )
 
     def __init__(
@@ -77,59 +163,143 @@ class Endpoint:
         timeout: float = 120,
         max_calls: int | None = None,
         tries: int = 7,
+        template_options: dict | None = None,
     ):
-        self.url = url
+        self.address, self.url = find_address(url)
         self.model = model
+        self.timeout = timeout
         self.tries = tries
-        self.key = os.environ.get("DESC_API_KEY")
-        # Without a key it is given another word. Otherwise the client would send the token that is
-        # stored for the Hub.
-        self.client = InferenceClient(base_url=url, token=self.key or "none", timeout=timeout)
+        self.template_options = template_options or {}
+        self.key = read_key()
+        self.headers = {"Content-Type": "application/json"}
+        if self.key:
+            self.headers["Authorization"] = f"Bearer {self.key}"
         self.max_calls = max_calls
         self.calls_left = threading.Semaphore(max_calls or 0)
         self.refused: set[str] = set()  # settings that this server does not know
+        self.thinking: set[str] = set()  # tasks of which an answer held thoughts
+        self.counts: Counter = Counter()  # answers by (task, problem)
+        self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(concurrency)
 
-    def ask_all(self, conversations: list[Messages], task: str, seed: int, **settings) -> list[str]:
+    def ask_all(
+        self,
+        conversations: list[Messages],
+        task: str,
+        seed: int,
+        readable: Callable[[str], bool] = bool,
+        **settings,
+    ) -> list[Completion]:
         """What the model writes after each conversation, in their order.
 
-        The i-th is sampled with the seed `seed` + i. `settings` are the protocol's. Raises
-        DescError as `ask` does."""
+        The i-th is sampled with the seed `seed` + i. Everything else is as in `ask`."""
 
-        def ask_one(i: int) -> str:
-            return self.ask(conversations[i], task, seed=seed + i, **settings)
+        def ask_one(i: int) -> Completion:
+            return self.ask(conversations[i], task, readable, seed=seed + i, **settings)
 
         return list(self.pool.map(ask_one, range(len(conversations))))
 
-    def ask(self, messages: Messages, task: str, **settings) -> str:
-        """What the model writes after `messages`; `settings` are the protocol's.
+    def ask(
+        self, messages: Messages, task: str, readable: Callable[[str], bool] = bool, **settings
+    ) -> Completion:
+        """What the model writes after `messages`, and why it cannot be read if `readable` says so
+        of its text. `settings` are the protocol's.
 
-        A server may refuse a setting of OPTIONAL. Then the call is repeated without it. Raises
-        DescError if the server refuses, does not answer, or if `max_calls` are spent."""
+        An answer that was cut off and cannot be read is asked for once more, with MORE_ROOM times
+        the `max_tokens`. Raises DescError if the server refuses, does not answer, or if `max_calls`
+        are spent."""
+        if self.template_options:
+            settings["chat_template_kwargs"] = self.template_options
+        completion = self.call(messages, task, settings, OPTIONAL)
+        problem = self.find_problem(completion, task, readable)
+        if problem == CUT_OFF and "max_tokens" in settings:
+            settings["max_tokens"] *= MORE_ROOM
+            try:
+                completion = self.call(messages, task, settings, ())
+            except Refused:
+                pass  # because the model's context has no more room
+            else:
+                problem = self.find_problem(completion, task, readable)
+        with self.lock:
+            self.counts[task, problem] += 1
+        return replace(completion, problem=problem)
+
+    def find_problem(
+        self, completion: Completion, task: str, readable: Callable[[str], bool]
+    ) -> str | None:
+        """Why an answer cannot be read; None if it can.
+
+        Some servers leave thoughts that were cut off in the content, without a mark. So if the
+        model has shown thoughts before, an answer that was cut off and shows none is not read."""
+        if completion.has_thoughts:
+            self.thinking.add(task)
+        if completion.is_odd:
+            return ODD
+        shows_none = task in self.thinking and not completion.has_thoughts
+        perhaps_thoughts = completion.is_cut_off and shows_none
+        if readable(completion.text) and not perhaps_thoughts:
+            return None
+        if completion.is_cut_off:
+            return CUT_OFF
+        return OTHER_FORM if completion.text else EMPTY
+
+    def print_unread(self) -> None:
+        """Print which share of this run's answers, on all ranks, could not be read, and why.
+
+        Every rank must call it."""
+        counts: Counter = Counter()
+        refused: set[str] = set()
+        for counts_of_rank, refused_of_rank in ranks.gather_objects((self.counts, self.refused)):
+            counts += counts_of_rank
+            refused |= refused_of_rank
+        tasks = sorted({task for task, _ in counts})
+        if not tasks:
+            return
+        line = f"answers of {self.url} that could not be read: "
+        line += ", ".join(format_unread(task, counts) for task in tasks)
+        if refused:
+            line += f"; it does not know {', '.join(sorted(refused))}"
+        print(line)
+
+    def call(
+        self, messages: Messages, task: str, settings: dict, suspects: Sequence[str]
+    ) -> Completion:
+        """What the model writes after `messages`, in at most `tries` calls.
+
+        A server may refuse a setting, of which `suspects` may be left out. Then the call is
+        repeated without it. Raises Refused if the server refuses, and DescError if it does not
+        answer or if `max_calls` are spent."""
+        body = {"model": self.model.replace("{task}", task), "messages": messages}
         left_out: set[str] = set()
         for attempt in range(self.tries):
             unsent = self.refused | left_out
             sent = {name: value for name, value in settings.items() if name not in unsent}
             self.spend_call()
             try:
-                text = self.complete(messages, task, sent)
+                completion = read_completion(run_within(self.timeout, self.post, body | sent))
             except OfflineModeIsEnabled:
                 raise DescError(
                     "HF_HUB_OFFLINE is set, which forbids calls to an endpoint too: unset it"
                 ) from None
             except CALL_ERRORS as error:
                 problem = self.describe(error)
-                suspect = suspect_setting(error, sent)
+                suspect = suspect_setting(error, [name for name in suspects if name in sent])
                 if suspect:
                     left_out.add(suspect)
                     continue
                 if is_refusal(error):
-                    raise DescError(f"{self.url} refuses: {problem}") from None
+                    raise Refused(f"{self.url} refuses: {problem}") from None
+                seconds = error.seconds if isinstance(error, BadStatus) else 0.0
             else:
                 self.refused |= left_out  # the call succeeds without them, so they were the cause
-                return text
+                return completion
+            if seconds > LONGEST_WAIT:
+                raise DescError(
+                    f"{self.url} asks to wait {seconds:.0f} seconds ({problem}): run the same"
+                    " command again then"
+                )
             if attempt + 1 < self.tries:
-                wait(attempt)
+                wait(attempt, seconds)
         raise DescError(
             f"{self.url} does not answer ({problem}), tried {self.tries} times: run the same"
             " command again when it does"
@@ -143,44 +313,106 @@ class Endpoint:
                 " more"
             )
 
-    def complete(self, messages: Messages, task: str, settings: dict) -> str:
-        """One attempt. Raises one of CALL_ERRORS if it brings no text."""
-        model = self.model.replace("{task}", task)
-        answer = self.client.chat_completion(messages, model=model, **settings)
-        return answer.choices[0].message.content or ""
+    def post(self, body: dict) -> bytes:
+        """The body of the server's answer to one call.
+
+        Raises BadStatus, or another of CALL_ERRORS if the server cannot be reached."""
+        deadline = time.monotonic() + self.timeout
+        sent = json.dumps(body).encode()
+        session = get_session()
+        received = bytearray()
+        with session.stream(
+            "POST",
+            self.address,
+            content=sent,
+            headers=self.headers,
+            timeout=self.timeout,
+            follow_redirects=False,
+        ) as response:
+            for part in response.iter_bytes():
+                received += part
+                if len(received) > LONGEST_BODY:
+                    raise ValueError("too long")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+        complaint = received.decode(errors="replace")
+        if response.next_request:
+            to = response.next_request.url
+            complaint = (
+                f"it redirects to {to.scheme}://{to.netloc.decode()}{to.path}, which is not"
+                " followed; give the right address as --endpoint"
+            )
+        if not response.is_success:
+            seconds = read_seconds(response.headers.get("Retry-After"))
+            raise BadStatus(response.status_code, complaint, seconds)
+        return bytes(received)
 
     def describe(self, error: Exception) -> str:
-        """What went wrong in a call, without the key, which some servers repeat."""
-        if isinstance(error, HfHubHTTPError):
-            complaint = error.response.text
+        """What went wrong in a call, in one line, without the key, which some servers repeat."""
+        if isinstance(error, BadStatus):
+            complaint = error.complaint
             if self.key:  # before the text is shortened, which could leave a part of the key
                 complaint = complaint.replace(self.key, "…")
-            return f"{error.response.status_code} {' '.join(complaint.split())[:200]}"
+            complaint = "".join(sign if sign.isprintable() else " " for sign in complaint)
+            return f"{error.status} {' '.join(complaint.split())[:200]}"
+        if isinstance(error, TimeoutError):
+            return f"nothing within --timeout {self.timeout:g}"
         if isinstance(error, (HTTPError, OSError)):
             return type(error).__name__
         return "what it says is no chat completion"
 
 
-def suspect_setting(error: Exception, sent: dict) -> str | None:
-    """The first optional setting in `sent` if the server did not understand the call, else None."""
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in NOT_UNDERSTOOD:
-        return next((name for name in OPTIONAL if name in sent), None)
-    return None
+def run_within(seconds: float, function: Callable, *args):
+    """What function(*args) returns or raises, or TimeoutError after so many seconds.
+
+    It runs in a thread of its own, because no timeout of the client bounds a server that sends its
+    headers byte by byte. After the time the thread is left alone; it keeps no program from
+    ending."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result(seconds)
+
+
+def suspect_setting(error: Exception, names: Sequence[str]) -> str | None:
+    """The setting, of `names`, that the server may not have understood; None if it did.
+
+    It is the first that the server's complaint names or, if it names none, the first."""
+    if not isinstance(error, BadStatus) or error.status not in NOT_UNDERSTOOD:
+        return None
+    named = [name for name in names if name in error.complaint]
+    return next(iter([*named, *names]), None)
 
 
 def is_refusal(error: Exception) -> bool:
     """Whether the server answered with a status for which trying again is useless."""
-    if not isinstance(error, HfHubHTTPError):
-        return False
-    status = error.response.status_code
-    return status < 500 and status not in TEMPORARY
+    return isinstance(error, BadStatus) and error.status < 500 and error.status not in TEMPORARY
 
 
-def wait(attempt: int) -> None:
-    """Wait about 1, 2, 4, … seconds after attempt 0, 1, 2, …
+def read_seconds(retry_after: str | None) -> float:
+    """How long to wait according to a Retry-After: a number of seconds or a date. 0 if it is
+    neither."""
+    try:
+        seconds = float(retry_after or 0)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
+
+
+def wait(attempt: int, at_least: float = 0.0) -> None:
+    """Wait about 1, 2, 4, … seconds after attempt 0, 1, 2, …, but no less than `at_least`.
 
     The times vary a little, so that calls which failed together do not return together."""
-    time.sleep(2**attempt * random.uniform(0.8, 1.2))
+    time.sleep(max(2**attempt * random.uniform(0.8, 1.2), at_least))
 
 
 @dataclass(frozen=True)
@@ -216,16 +448,36 @@ class EndpointSampler:
     ) -> list[str]:
         """What the module of `task` writes at each (turn, strategy); only rg is told a strategy."""
         config = self.config
+        harmless = break_marks(dialogue)
         conversations = [
-            build_messages(task, dialogue, turn, strategy, self.strategies)
+            build_messages(task, harmless, turn, strategy, self.strategies)
             for turn, strategy in planned
         ]
-        texts = self.endpoint.ask_all(
+        completions = self.endpoint.ask_all(
             conversations,
             task,
             seed_of(config.seed, task, dialogue.id),
+            lambda text: self.is_readable(task, text),
             temperature=config.temperature,
             top_p=config.top_p,
             max_tokens=config.max_new_tokens,
         )
-        return [text.strip() for text in texts]
+        # A text of another form is kept. What was cut off may be thoughts, and odd content is none.
+        kept = (None, OTHER_FORM)
+        return [said.text if said.problem in kept else "" for said in completions]
+
+    def is_readable(self, task: str, text: str) -> bool:
+        """Whether a text has the form that the module of `task` should write."""
+        if task == "sp":
+            return self.strategies.parse(text) is not None
+        if task == "vanilla":
+            return self.strategies.split_tag(text)[0] is not None
+        return bool(text)
+
+
+def break_marks(dialogue: Dialogue) -> Dialogue:
+    """The dialogue with a blank within what a server's chat template could read as its own mark.
+
+    Utterances are data: "<|im_end|>" typed by a seeker must not end a turn."""
+    turns = [replace(turn, text=MARK.sub(r"\g<0> ", turn.text)) for turn in dialogue.turns]
+    return replace(dialogue, turns=tuple(turns))

@@ -58,23 +58,28 @@ class EndpointJudge:
     """Asks a model behind an endpoint to write one of the options."""
 
     endpoint: Endpoint
+    max_tokens: int
 
     def __call__(self, conversations: list[Messages], options: Sequence[str]) -> list[Opinion]:
-        texts = self.endpoint.ask_all(
+        completions = self.endpoint.ask_all(
             conversations,
             "judge",
             seed=0,
+            readable=lambda text: bool(read_opinion(text, options).shares),
             temperature=0.0,
-            max_tokens=16,
+            max_tokens=self.max_tokens,
             response_format=json_schema_format({"type": "string", "enum": list(options)}),
         )
-        return [read_opinion(text, options) for text in texts]
+        return [
+            Opinion({}, said.text) if said.problem else read_opinion(said.text, options)
+            for said in completions
+        ]
 
 
 def make_judge(config, model, tokenizer, endpoint: Endpoint | None) -> Judge | None:
     """The judge that --judge names (`config` is evaluate.py's); None for "none"."""
     if config.judge == "endpoint":
-        return EndpointJudge(endpoint)
+        return EndpointJudge(endpoint, config.judge_tokens)
     if config.judge == "local":
         return LocalJudge(model, tokenizer, config)
     return None

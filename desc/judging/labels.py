@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from desc import DescError
-from desc.esconv import Dialogue, Turn
+from desc.esconv import SPEAKERS, Dialogue, Turn, _describe, _field
 from desc.judging.annotator import build_annotator_messages
 from desc.mining import LABELS, Annotation, Annotator, Case
 from desc.prompts import Example
@@ -45,25 +45,27 @@ def read_labels(
       the test split.
 
     `label_map` is a file as `read_label_map` reads it. Rows whose labels it does not know are left
-    out. Raises DescError if a field is missing, naming the row, or if no row is left."""
+    out, and rows that have none (null). Raises DescError, naming file and row, if a field of
+    another row is missing or cannot be used, or if no row is left."""
     known_labels = read_label_map(label_map)
     records = read_records(path)
     if not all(isinstance(record, dict) for record in records):
         raise DescError(f"{path}: should hold JSON objects")
     is_published = bool(records) and "user_input" in records[0]
     if is_published:
-        seeker_texts = [record.get("user_input") or "" for record in records]
-        places = find_turns(seeker_texts, dialogues)
+        seeker_texts = []
+        for i, record in enumerate(records):
+            is_null = record.get("user_input") is None
+            text = "" if is_null else _field(record, "user_input", str, f"{path}: row {i + 1}")
+            seeker_texts.append(text)
+        places = find_turns(seeker_texts, dialogues, path)
     labelled = []
     for i, record in enumerate(records):
-        try:
-            if is_published:
-                turn = read_published_row(record, known_labels, *places[i], strategies)
-            else:
-                turn = read_own_row(record, known_labels)
-        except (KeyError, TypeError) as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise DescError(f"{path}: row {i + 1} is no labelled turn ({problem})") from None
+        where = f"{path}: row {i + 1}"
+        if is_published:
+            turn = read_published_row(record, known_labels, *places[i], strategies, where)
+        else:
+            turn = read_own_row(record, known_labels, strategies, where)
         if turn is not None:
             labelled.append(turn)
     if not labelled:
@@ -89,20 +91,70 @@ def read_label_map(path: str | None) -> dict[str, str | None]:
     return known_labels | {label: label for label in LABELS}
 
 
-def read_own_row(record: dict, known_labels: dict[str, str | None]) -> LabelledTurn | None:
-    """The labelled turn in a JSON line; None if its label is not known.
+def read_own_row(
+    record: dict, known_labels: dict[str, str | None], strategies: Strategies, where: str
+) -> LabelledTurn | None:
+    """The labelled turn in a JSON line; None if it has no label, or one that is not known.
 
-    Raises KeyError or TypeError if a field is missing or of a wrong kind."""
-    label = known_labels.get(record["label"])
-    dialogue = str(record["dialogue"])
-    turn = record["turn"]
-    reply = record["response"]
-    history = tuple(
-        Turn(utterance["speaker"], utterance["text"]) for utterance in record["context"]
-    )
+    Raises DescError that begins with `where` if a field is missing or cannot be used."""
+    label = read_label(record, "label", known_labels, where)
     if label is None:
         return None
-    return LabelledTurn(dialogue, turn, Case(history, record["strategy"], reply), label)
+    dialogue, turn = record.get("dialogue"), record.get("turn")
+    if type(dialogue) is not int:
+        dialogue = _field(record, "dialogue", str, where)
+    if type(turn) is not int or turn < 0:
+        raise DescError(f"{where}: field 'turn' should be an integer from 0, not {_describe(turn)}")
+    context = _field(record, "context", list, where)
+    if not context:
+        raise DescError(f"{where}: field 'context' is empty")
+    history = tuple(
+        read_utterance(utterance, f"{where}, context, utterance {number}")
+        for number, utterance in enumerate(context, 1)
+    )
+    reply = _field(record, "response", str, where)
+    case = read_case(record, history, reply, strategies, where)
+    return LabelledTurn(str(dialogue), turn, case, label)
+
+
+def read_utterance(record, where: str) -> Turn:
+    """An utterance {speaker, text} of a row's context. Raises DescError that begins with `where` if
+    it is none."""
+    speaker, text = _field(record, "speaker", str, where), _field(record, "text", str, where)
+    if speaker not in SPEAKERS:
+        raise DescError(
+            f"{where}: field 'speaker' is {speaker!r}; it should be one of {', '.join(SPEAKERS)}"
+        )
+    # One blank of the seeker's stands between two turns of a supporter's (desc.esconv.alternate).
+    if not text.strip() and (SPEAKERS[speaker], text) != ("seeker", " "):
+        raise DescError(f"{where}: field 'text' is empty")
+    return Turn(SPEAKERS[speaker], text)
+
+
+def read_label(
+    record: dict, name: str, known_labels: dict[str, str | None], where: str
+) -> str | None:
+    """One of LABELS; None if the row's label is null or not known. Raises DescError that begins
+    with `where` if it is missing or no text."""
+    if name in record and record[name] is None:
+        return None
+    return known_labels.get(_field(record, name, str, where))
+
+
+def read_case(
+    record: dict, history: tuple[Turn, ...], reply: str, strategies: Strategies, where: str
+) -> Case:
+    """The supporter turn that a row is about. Raises DescError that begins with `where` if the
+    reply is blank, or the row's strategy unknown."""
+    strategy = _field(record, "strategy", str, where)
+    if strategy not in strategies:
+        raise DescError(
+            f"{where}: field 'strategy' is {strategy!r}, no strategy of this"
+            f" taxonomy{strategies.suggestion(strategy)}"
+        )
+    if not reply.strip():
+        raise DescError(f"{where}: field 'response' is empty")
+    return Case(history, strategy, reply)
 
 
 def read_published_row(
@@ -111,25 +163,28 @@ def read_published_row(
     dialogue: Dialogue,
     turn: int,
     strategies: Strategies,
+    where: str,
 ) -> LabelledTurn | None:
     """The labelled turn in a row of the published annotations, which stands at supporter turn
-    `turn` of `dialogue`; None if its label is not known.
+    `turn` of `dialogue`; None if it has no label, or one that is not known.
 
-    Raises KeyError or TypeError if a field is missing or of a wrong kind."""
-    label = known_labels.get(record["Error Type"])
-    _, reply = strategies.split_tag(record["response"])
+    Raises DescError that begins with `where` if a field is missing or cannot be used."""
+    label = read_label(record, "Error Type", known_labels, where)
     if label is None:
         return None
-    case = Case(dialogue.history(turn), record["strategy"], reply)
+    _, reply = strategies.split_tag(_field(record, "response", str, where))
+    case = read_case(record, dialogue.history(turn), reply, strategies, where)
     return LabelledTurn(dialogue.id, turn, case, label)
 
 
-def find_turns(seeker_texts: list[str], dialogues: list[Dialogue]) -> list[tuple[Dialogue, int]]:
+def find_turns(
+    seeker_texts: list[str], dialogues: list[Dialogue], path: str | Path
+) -> list[tuple[Dialogue, int]]:
     """The (dialogue, supporter turn) that each of the seeker's texts comes directly before.
 
     The texts are in an order near that of the dialogues. Several turns may fit, for example after
     an empty text or "Hi". Then the nearest in that order is taken. No turn is taken twice. Raises
-    DescError if no fitting turn is left."""
+    DescError if no fitting turn is left, naming the row of the file `path`."""
     turns = [(dialogue, turn) for dialogue in dialogues for turn in range(len(dialogue))]
     places: dict[str, list[int]] = {}  # indices into `turns` that are not taken yet, by text
     for place, (dialogue, turn) in enumerate(turns):
@@ -140,7 +195,7 @@ def find_turns(seeker_texts: list[str], dialogues: list[Dialogue]) -> list[tuple
         fitting = places.get(normalise(text))
         if not fitting:
             raise DescError(
-                f"row {i + 1}: no test turn of --data is left before which the seeker says"
+                f"{path}: row {i + 1}: no test turn of --data is left before which the seeker says"
                 f" {text[:60]!r}"
             )
         nearest = min(fitting, key=lambda place: abs(place - i))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from desc.metrics import draw_groups, interval
+from desc.metrics import draw_groups
 
 Statistic = Callable[[Sequence[float], Sequence[float]], float]  # of two raters' values
 Group = Sequence[tuple[float, float]]  # one dialogue's ratings, a pair of values per reply
@@ -60,17 +60,9 @@ def bootstrap_statistic(
     """(samples,): the statistic, each time of the groups that are drawn, with their pairs pooled.
 
     This is the bootstrap for what is no function of sums, such as a rank correlation, because a
-    rank depends on all other values."""
+    rank depends on all other values. A value is nan if all drawn ratings of one rater are equal."""
     values = []
     for times_drawn in draw_groups(len(groups), samples, seed):
         drawn = [group for group, times in zip(groups, times_drawn) for _ in range(times)]
         values.append(pooled_statistic(statistic, drawn))
     return np.array(values)
-
-
-def defined_interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of the values that are not nan; (nan, nan) if all are.
-
-    A correlation is nan if all drawn ratings of one rater are equal."""
-    defined = values[~np.isnan(values)]
-    return interval(defined) if len(defined) else (float("nan"), float("nan"))

@@ -51,8 +51,8 @@ def write_adapter(folder: Path, settings: dict, halves: dict[str, torch.Tensor])
 def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """(settings, tensors by their names in the file) of an adapter that PEFT or we have written.
 
-    Raises DescError if a file is missing or broken, or if the adapter is anything but plain
-    LoRA."""
+    Raises DescError if a file is missing or broken, if the adapter is anything but plain LoRA, or
+    if a value is not finite."""
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
@@ -74,6 +74,9 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise DescError(
             f"{folder}: uses {', '.join(extended)}, which desc's plain LoRA does not compute"
         )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise DescError(f"{folder}: {name} holds values that are no finite numbers")
     return settings, tensors
 
 
@@ -81,6 +84,12 @@ def is_plain(settings: dict, name: str) -> bool:
     """Whether a setting is absent, empty (None, False, {}), or has the value of plain LoRA."""
     value = settings.get(name)
     return not value or value == PLAIN.get(name)
+
+
+def base_name(folder: Path) -> str:
+    """What an adapter's configuration calls its base model; "" if it does not say."""
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return str(settings.get("base_model_name_or_path") or "")
 
 
 def has_adapter(folder: Path) -> bool:

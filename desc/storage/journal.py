@@ -17,11 +17,13 @@ def work_key(*parts) -> str:
 
 def journal_settings(folder: Path, name: str, wanted: dict) -> dict:
     """The settings of the run under way in FOLDER/NAME.RANK.jsonl, else those of the finished one
-    in FOLDER/NAME.jsonl if they are `wanted` but for the dtype; {} if there is neither."""
+    in FOLDER/NAME.jsonl if they are `wanted` but for dtype and date; {} if there is neither."""
     for part in sorted(folder.glob(f"{name}.*.jsonl")):
         return first_line(part)
     finished = first_line(folder / f"{name}.jsonl")
-    return finished if finished | {"dtype": None} == wanted | {"dtype": None} else {}
+    any_machine_and_day = {"dtype": None, "date": None}
+    same = finished | any_machine_and_day == wanted | any_machine_and_day
+    return finished if same else {}
 
 
 def first_line(path: Path) -> dict:

@@ -13,6 +13,7 @@ import torch
 
 from desc import DescError
 
+MADE_HERE = ("toy", "smollm2")
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor"
     " %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -24,7 +25,7 @@ def locate(name: str) -> str:
     once, in the user's cache.
 
     Raises DescError if that cannot be written."""
-    if name not in ("toy", "smollm2"):
+    if name not in MADE_HERE:
         return name
     folder = cache_folder() / name
     if folder.exists():

@@ -1,15 +1,45 @@
-"""Batches: shuffled epochs of whole dialogues, and each rank's share of a batch as forests."""
+"""Batches: examples encoded before the first step, shuffled epochs of whole dialogues, and each
+rank's share of a batch as forests."""
 
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from tqdm import tqdm
 
+from desc import DescError
 from desc.encoding import Item
 from desc.training.ranks import rank, world_size
 from desc.training.sharding import is_sharded
 from desc.tree import Forest, pack
+
+
+def encode_all(encode: Callable, examples: list, unit: str) -> list[Item]:
+    """encode(example) of each, before the first step, so that one that is too long ends a run at
+    once. `unit` is what an error calls them: "turns". A bar appears if this takes long.
+
+    Raises DescError with the first problem, and how many examples have one."""
+    items, problems = [], []
+    bar = tqdm(
+        examples,
+        f"encode {unit}",
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=5,
+        delay=5,
+        disable=rank() > 0,
+    )
+    for example in bar:
+        try:
+            items.append(encode(example))
+        except DescError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise DescError(
+            f"{len(problems)} of {len(examples)} {unit} cannot be encoded; the first: {problems[0]}"
+        )
+    return items
 
 
 def make_batches(examples: list, batch_size: int, share: str, seed: int, epoch: int) -> list[list]:

@@ -6,24 +6,30 @@ from collections.abc import Iterable
 import torch
 
 from desc.encoding import Item
+from desc.forward import decoder_blocks
+from desc.lora import lora_layers
+from desc.training.sharding import outer_modules
 from desc.tree import Forest, pack
 
 GB = 1e9
 
 
-def activation_bytes(shape, nodes: int, dtype: torch.dtype, config) -> float:
+def activation_bytes(model, nodes: int, dtype: torch.dtype, config) -> float:
     """What a forward pass of `nodes` keeps for the backward, roughly: of each decoder layer the
     inputs of its products and of its element-wise steps, those of the norms in fp32, too.
 
     With `recompute` it keeps the input of each layer, and one layer's worth of the rest."""
-    heads, hidden, inner = shape.num_attention_heads, shape.hidden_size, shape.intermediate_size
+    shape = model.config.get_text_config()
+    heads, hidden = shape.num_attention_heads, shape.hidden_size
+    inner = getattr(shape, "intermediate_size", None) or 4 * hidden
     groups = getattr(shape, "num_key_value_heads", heads)
     width = getattr(shape, "head_dim", None) or hidden // heads
     # queries and keys before and after rotation, values, output
     attention = width * (4 * heads + 4 * groups)
     layer = dtype.itemsize * (6 * hidden + attention + 4 * inner) + 4 * 2 * hidden
-    if config.dropout:  # an input and a mask for each of the seven adapters
-        layer += (dtype.itemsize + 1) * (5 * hidden + heads * width + inner)
+    if config.dropout:  # an input and a mask for each adapter
+        inputs = sum(linear.in_features for linear in lora_layers(model).values())
+        layer += (dtype.itemsize + 1) * inputs / shape.num_hidden_layers
     if not config.recompute:
         return nodes * shape.num_hidden_layers * layer
     return nodes * (layer + shape.num_hidden_layers * dtype.itemsize * hidden)
@@ -45,16 +51,15 @@ def memory(model, config, forests: list[Forest]) -> dict[str, float]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     gathered = 0
     if ranks > 1:  # the layer at work, the next one, and both ends, which are one if they are tied
-        gathered = 2 * max(bytes_of(layer, dtype) for layer in model.model.layers)
-        gathered += bytes_of(model.model.embed_tokens, dtype)
-        if model.lm_head.weight is not model.model.embed_tokens.weight:
-            gathered += bytes_of(model.lm_head, dtype)
+        gathered = 2 * max(bytes_of(layer, dtype) for layer in decoder_blocks(model))
+        outside = {p for module in outer_modules(model) for p in module.parameters(recurse=False)}
+        gathered += sum(p.numel() for p in outside) * dtype.itemsize
     return {
         "weights": weights / ranks,
         "weights gathered": gathered,
         "adapters": 4 * adapters / ranks,
         "gradients, optimizer": 12 * trained / ranks,  # fp32: the gradient and two moments
-        "activations": activation_bytes(shape, nodes, dtype, config),
+        "activations": activation_bytes(model, nodes, dtype, config),
         # and their gradients, both in fp32, too
         "logits": targets * shape.vocab_size * (2 * dtype.itemsize + 2 * 4),
     }

@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,10 +13,13 @@ from tqdm import tqdm
 
 from desc import DescError
 from desc.cli import progress, save_config
-from desc.flags import TrainConfig
+from desc.exactness import check_tree
+from desc.flags import TrainConfig, training_settings
 from desc.lora import export_adapters
+from desc.modeling import one_line
 from desc.sampling import seed_of
 from desc.storage.adapters import write_adapter
+from desc.storage.base import base_digest
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
 from desc.storage.files import append_line, drop_torn_line, read_lines, write_lines
 from desc.storage.journal import work_key
@@ -33,6 +36,7 @@ from desc.training.sharding import copy_whole, read_weights, shard, whole
 from desc.training.speed import compile_layers, recompute_activations
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the number of the step
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 
 
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
@@ -92,9 +96,9 @@ def begin(
     """Plan the batches, shard the model over several ranks, and make AdamW for what is trainable.
 
     The run goes on from a checkpoint that an earlier one left in FOLDER/checkpoints, if it had the
-    same configuration, the same `examples` and the same `reference` (its adapter's digest). Raises
-    DescError if they were others. From here on SIGTERM ends the run with a checkpoint, after the
-    step at hand."""
+    same training_settings, the same `examples` and the same `reference` (its adapter's digest).
+    Raises DescError if they were others. From here on SIGTERM ends the run with a checkpoint, after
+    the step at hand."""
     if config.compile:
         compile_layers(model, device)
     if config.recompute:
@@ -102,6 +106,8 @@ def begin(
     if world_size() > 1:
         shard(model, device)
         read_weights(model)
+        with one_line(f"model {config.model}"):
+            check_tree(model, config.max_length)
     batches = all_batches(examples, config)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adamw = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
@@ -109,8 +115,8 @@ def begin(
     best_folder, last_folder = folder, folder / "last"
     if config.keep == "last":
         best_folder, last_folder = folder / "best", folder
-    settings = asdict(config) | {"input": work_key(examples, reference)}
-    del settings["save_every"]
+    settings = training_settings(config) | {"base": base_digest(model.name_or_path)}
+    settings["input"] = work_key(examples, reference)
     run = Run(batches, trained, optimizer, folder, best_folder, last_folder, settings)
     resume(run)
     onwards = f", from step {run.step} on" if run.step else ""
@@ -163,14 +169,16 @@ def seed_dropout(run: Run, config: TrainConfig) -> None:
 def clip_and_step(
     run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], trained_on: str
 ) -> None:
-    """Clip the gradients, take a step, forget them. `sums` are this rank's part of what to log.
+    """Clip the gradients, take a step, forget them. `sums` are this rank's part of what to log. The
+    logged norm is that before clipping.
 
     They are read one step later, so that a GPU never waits for the CPU. A gradient that is not
     finite is noticed then, before anything of it is saved."""
     rate = learning_rate(run.step, len(run.batches), config.warmup, config.lr)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    norm = torch.nn.utils.clip_grad_norm_(run.trained.values(), config.max_grad_norm)
+    limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(run.trained.values(), limit)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -235,13 +243,32 @@ def keep_best(run: Run, model, config: TrainConfig, scores: dict, score: float) 
         save_artefact(model, config, run.best_folder)
 
 
-def save_artefact(model, config: TrainConfig, folder: Path) -> None:
+def save_artefact(model, config: TrainConfig, folder: Path) -> int:
     """The model's adapters as one, with the configuration that made it. Every rank must call this;
-    the first writes."""
+    the first writes. Returns the rank of the one: the sum of theirs."""
     settings, halves = export_adapters(model, whole)
     if rank() == 0:
         write_adapter(folder, settings, halves)
-        save_config(config, folder)
+        save_config(config, folder, base_digest(model.name_or_path))
+    return settings["r"]
+
+
+def serving_advice(adapter_rank: int) -> str:
+    """A line that says which --max-lora-rank of vLLM such an adapter needs; "" if it is the rank
+    itself.
+
+    vLLM reserves that rank for each adapter and fills it up with zeros. It refuses adapters of a
+    larger rank (PEFTHelper.validate_legal, BaseLinearLayerWithLoRA.set_lora)."""
+    if adapter_rank in VLLM_RANKS:
+        return ""
+    if adapter_rank > max(VLLM_RANKS):
+        return (
+            f"the adapter's rank is {adapter_rank}, but vLLM serves at most {max(VLLM_RANKS)}:"
+            " merge it into the base model (README), or train with a lower --rank; those of SFT and"
+            " DPO add up"
+        )
+    larger = min(size for size in VLLM_RANKS if size > adapter_rank)
+    return f"the adapter's rank is {adapter_rank}: vLLM serves it with --max-lora-rank {larger}"
 
 
 def save_checkpoint_if_due(run: Run, every: int) -> None:
@@ -278,10 +305,13 @@ def finish(run: Run, model, config: TrainConfig) -> None:
     """Save the last adapter, and clear the checkpoints away."""
     write_pending(run)
     run.bar.close()
-    save_artefact(model, config, run.last_folder)
+    adapter_rank = save_artefact(model, config, run.last_folder)
     if rank() == 0:
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     print(
         f"best validation score {run.best:.4f}; the adapter that later steps find ({config.keep})"
         f" is in {run.folder}"
     )
+    advice = serving_advice(adapter_rank)
+    if advice:
+        print(advice)

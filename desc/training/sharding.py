@@ -1,10 +1,7 @@
 """Sharding a model over ranks with FSDP2: each rank holds a part of every weight, and reads its
 part alone from the model's files."""
 
-from pathlib import Path
-
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,20 +9,31 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from desc import DescError
+from desc.forward import decoder_blocks
+from desc.storage.base import locate, read_header, weight_files
 from desc.training.ranks import rank, world_size
 
 
 def shard(model, device: torch.device) -> None:
-    """Split every weight over the ranks: each decoder layer is a unit, and the embeddings, the last
-    norm and the head, which may be tied, are one together.
+    """Split every weight over the ranks: each decoder layer is a unit, and what lies outside them,
+    such as embeddings and head, which may be tied, is one together.
 
     Weights are gathered and used in the base model's dtype, and gradients averaged in fp32. What
     the optimizer holds of the adapters stays fp32."""
-    mesh, decoder = init_device_mesh(device.type, (world_size(),)), model.model
+    mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
-    ends = [decoder.embed_tokens, decoder.norm, model.lm_head]
-    for unit in (*decoder.layers, ends, model):
+    for unit in (*decoder_blocks(model), outer_modules(model), model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
+
+
+def outer_modules(model) -> list[nn.Module]:
+    """The modules beside the decoder's layers that hold weights of their own: embeddings, norms,
+    the head."""
+    blocks = decoder_blocks(model)
+    inner = set(blocks.modules())
+    around = {module for module in model.modules() if blocks in module.modules()}
+    beside = [module for module in model.modules() if module not in inner | around]
+    return [module for module in beside if list(module.parameters(recurse=False))]
 
 
 def is_sharded(model) -> bool:
@@ -54,27 +62,32 @@ def copy_whole(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def read_weights(model) -> None:
-    """Give a sharded, empty model its values: each rank reads its own rows of each weight from the
-    model's safetensors files.
+    """Give a sharded, empty model its values: each rank reads its own rows of each weight, and the
+    whole of each buffer that is saved with a model, from the model's safetensors files.
 
-    Raises DescError if a weight is not in them."""
-    folder = Path(model.name_or_path)
-    if not folder.exists():
-        folder = Path(snapshot_download(model.name_or_path, allow_patterns="model*.safetensors"))
+    Raises DescError if one is not in them."""
+    folder = locate(model.name_or_path)
     empty = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
-    values = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    values, read = {}, set()
+    for path in weight_files(folder):
+        read_header(path)  # refuses a file that is cut off
         with safe_open(path, "pt") as file:
             for name in empty.keys() & file.keys():
                 values[id(empty[name])] = read_parameter(file, name, empty[name])
+            for name in buffers.keys() & file.keys():
+                buffers[name].copy_(file.get_tensor(name))
+                read.add(name)
     # a tied weight has two names, of which the files may hold one
     state = {name: values[id(p)] for name, p in empty.items() if id(p) in values}
     model.load_state_dict(state, strict=False, assign=True)
     missing = [name for name, p in model.named_parameters() if p.is_meta]
+    missing += sorted(buffers.keys() - read)
     if missing:
         raise DescError(
-            f"{folder}: its safetensors files lack {', '.join(missing[:3])} …; only one process can"
-            " run this model"
+            f"{folder}: its safetensors files have no {', '.join(missing[:3])} …; try one process,"
+            " which can convert older names, and if that fails, too, fetch the model again"
         )
 
 

@@ -1,0 +1,255 @@
+"""How a model's own chat template renders a conversation, and what of that is a prompt, an answer,
+and the end of a turn.
+
+A model is trained on PROMPT + ANSWER + END OF TURN. This must be the template's own rendering of
+the whole conversation, and PROMPT must be what a server gives the model to continue. `form_of`
+tries a template out on small conversations, and refuses one for which this cannot be had."""
+
+import re
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+
+from jinja2 import TemplateError
+
+from desc import DescError
+from desc.prompts import Messages
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYZ"  # of strftime
+# The words of the conversations on which a template is tried out.
+SYSTEM, QUESTION, ANSWER, REPLY = "descsystem", "descquestion", "descanswer", "descreply"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a template renders an answer:
+
+    generation prompt + header + lead + ANSWER + trail + end of turn"""
+
+    folds_system: bool  # it knows no system message, so that text opens the first user message
+    header: str  # of an answer, if the template has no generation prompt; part of our prompt
+    lead: str  # blanks that the model writes before its answer
+    trail: str  # blanks that it writes after its answer
+    strips: bool  # blanks around what the answer itself says are dropped
+    end: int  # the token that ends an answer
+
+
+def pin_date(tokenizer, day: str) -> None:
+    """From now on this tokenizer's template takes `day` (ISO 8601, "2026-11-25") for today.
+
+    Otherwise the prompts of a template that tells the date would change at midnight."""
+    tokenizer.pinned_date = day
+
+
+@lru_cache
+def without_clock(template: str, day: str) -> str:
+    """The template with its clock, strftime_now(format), stopped at the beginning of `day`."""
+    if "strftime_now" not in template:
+        return template
+    today = date.fromisoformat(day)
+    replacements = "".join(
+        f" | replace('%{flag}{letter}', '{today.strftime(f'%{flag}{letter}')}')"
+        for letter in DIRECTIVES
+        for flag in ("-", "")
+    )
+    macro = f"{{{{ format{replacements} }}}}"
+    return f"{{%- macro strftime_now(format) %}}{macro}{{% endmacro %}}" + template
+
+
+def template_of(tokenizer) -> str:
+    """The source of the chat template that is used, its clock stopped if a date was pinned.
+
+    Raises DescError if the model has none."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:
+        raise DescError("has no chat template; use an instruct model") from None
+    day = getattr(tokenizer, "pinned_date", None)
+    return without_clock(template, day) if day else template
+
+
+def fold_system(messages: Messages) -> Messages:
+    """The messages with what the system messages at their beginning say at the beginning of the
+    first user message."""
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not first or not users:
+        return messages
+    parts = [message["content"] for message in messages[:first]]
+    parts.append(messages[users[0]]["content"])
+    folded = {"role": "user", "content": "\n\n".join(parts)}
+    return messages[first : users[0]] + [folded] + messages[users[0] + 1 :]
+
+
+def render_as_is(tokenizer, messages: Messages, generate: bool) -> str:
+    """The messages as text; if `generate`, up to where the assistant begins to write.
+
+    Thinking is switched off if the template knows the switch (enable_thinking, as in Qwen3).
+    Raises DescError if the template refuses the messages, or is broken."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=template_of(tokenizer),
+            tokenize=False,
+            add_generation_prompt=generate,
+            enable_thinking=False,
+        )
+    except DescError:
+        raise
+    except TemplateError as error:
+        reason = str(error)
+    except Exception as error:  # a template may fail as any program may
+        reason = f"{type(error).__name__}: {error}"
+    reason = reason.strip().partition("\n")[0]
+    raise DescError(f"the model's chat template cannot render these messages ({reason})")
+
+
+def render(tokenizer, messages: Messages) -> str:
+    """The prompt: the messages as text, up to where an answer begins.
+
+    Raises DescError if the template refuses the messages, or leaves out what one of them says."""
+    form = form_of(tokenizer)
+    shown = fold_system(messages) if form.folds_system else messages
+    text = render_as_is(tokenizer, shown, generate=True) + form.header
+    for message in messages:
+        if message["content"].strip() not in text:
+            raise DescError(
+                f"the model's chat template leaves out, or changes, what a {message['role']}"
+                f" message says ({message['content'].strip()[:60]!r}); use another model"
+            )
+    return text
+
+
+def form_of(tokenizer) -> Form:
+    """How this tokenizer's template renders an answer.
+
+    Raises DescError if the template leaves out messages, if it ends an answer with no token of its
+    own, or if its generation prompt does not begin its rendering of the whole conversation (as with
+    models that must think first)."""
+    return _form_of(tokenizer, template_of(tokenizer))
+
+
+@lru_cache
+def _form_of(tokenizer, template: str) -> Form:
+    """form_of; `template` tells apart what the same tokenizer may have been given since."""
+    conversations = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]]
+    conversations.append(
+        [
+            *conversations[0],
+            {"role": "assistant", "content": ANSWER},
+            {"role": "user", "content": "descfollowup"},
+        ]
+    )
+    try:
+        forms = [try_out(tokenizer, messages, False) for messages in conversations]
+    except DescError as without_folding:
+        try:
+            forms = [try_out(tokenizer, messages, True) for messages in conversations]
+        except DescError:
+            raise without_folding from None
+    if forms[0] != forms[1]:
+        raise DescError(
+            "the model's chat template renders a first answer in another way than a later one; use"
+            " another model"
+        )
+    return forms[0]
+
+
+def try_out(tokenizer, messages: Messages, folds_system: bool) -> Form:
+    """The form in which the template renders an answer to `messages`.
+
+    Raises DescError as form_of does."""
+    shown = fold_system(messages) if folds_system else messages
+    prompt = render_as_is(tokenizer, shown, generate=True)
+    left_out = [m["role"] for m in messages if m["content"] not in prompt]
+    if left_out:
+        raise DescError(
+            f"the model's chat template leaves out what a {left_out[0]} message says; use another"
+            " model"
+        )
+    # The answer has blanks around it, which a template may keep or drop.
+    answered = [*shown, {"role": "assistant", "content": f" {REPLY} "}]
+    whole = render_as_is(tokenizer, answered, generate=False)
+    strips = f" {REPLY} " not in whole
+    before, found, after = whole.rpartition(REPLY if strips else f" {REPLY} ")
+    if not found:
+        raise DescError("the model's chat template leaves out what the assistant says")
+    header, lead = "", before.removeprefix(prompt)
+    if not before.startswith(prompt):
+        raise DescError(
+            "the model's chat template asks for an answer in another way than it renders one"
+            f" ({prompt[-40:]!r} against {before[-40:]!r}), as models do that must think first; use"
+            " an instruct model"
+        )
+    if lead.strip():
+        if prompt != render_as_is(tokenizer, shown, generate=False):
+            raise DescError(
+                f"the model's chat template puts {lead.strip()!r} before an answer, which the model"
+                " would have to write; use another model"
+            )
+        header, lead = lead, ""
+    end, trail = split_ending(tokenizer, after)
+    return Form(folds_system, header, lead, trail, strips, end)
+
+
+def split_ending(tokenizer, after: str) -> tuple[int, str]:
+    """(the token that ends an answer, the blanks before it) of what a template renders after an
+    answer. It may be another token than the eos token, as with Gemma.
+
+    Raises DescError if there is no such token, or if more than blanks stand before it."""
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    control = control_tokens(tokenizer)
+    ends = [token for token in ids if token in control]
+    if not ends:
+        raise DescError(
+            "the model's chat template ends an assistant's message with no special token; use an"
+            " instruct model"
+        )
+    trail = after.partition(control[ends[0]])[0]
+    if trail.strip():
+        raise DescError(
+            f"the model's chat template puts {trail.strip()!r} after an answer, which the model"
+            " would have to write; use another model"
+        )
+    return ends[0], trail
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token with which this model's chat template ends an assistant's message.
+
+    Raises DescError as form_of does."""
+    return form_of(tokenizer).end
+
+
+def control_tokens(tokenizer) -> dict[int, str]:
+    """{id: text} of the tokens that steer the model instead of saying something."""
+    template = template_of(tokenizer)
+    return _control_tokens(tokenizer, template, len(tokenizer))
+
+
+@lru_cache
+def _control_tokens(tokenizer, template: str, size: int) -> dict[int, str]:
+    """control_tokens; `size` tells apart what tokens the same tokenizer may have been given since.
+
+    A token steers if it has a role by name (eos_token), if it looks like a mark ("<|user|>"), or if
+    the template writes it ("[INST]"). Words that people add ("Others", "[Question]") do not."""
+    named = {getattr(tokenizer, name, None) for name in NAMED}
+    control = {}
+    for token, added in tokenizer.added_tokens_decoder.items():
+        text = str(added)
+        is_mark = re.fullmatch(r"<.+>", text.strip())
+        is_written = text in template and not re.fullmatch(r"[\w\s]*", text)
+        if text in named or is_mark or is_written:
+            control[token] = text
+    return control
+
+
+def defuse(tokenizer, text: str) -> str:
+    """The text with every control token in it broken by a blank. Utterances are data: "<|im_end|>"
+    typed by a seeker must not end a turn."""
+    marks = {mark for mark in control_tokens(tokenizer).values() if len(mark.strip()) > 1}
+    while present := [mark for mark in marks if mark in text]:
+        mark = max(present, key=len)
+        text = text.replace(mark, mark[0] + " " + mark[1:])
+    return text
