@@ -177,6 +177,9 @@ def main():
 
     # Answer each dialogue that has no line in the journal yet.
     settings = journal_settings_of(config, systems)
+    cli.claim_folders(config.folder)
+    if endpoint:
+        endpoint.keep_answers(config.folder)
     journal = Journal(
         config.folder, "answers", settings, ranks.rank(), ranks.world_size(), ranks.wait_for_all
     )
@@ -205,6 +208,8 @@ def main():
 
     # Summarise: the first rank alone.
     lines = journal.finish(keys)
+    if endpoint:
+        endpoint.kept.discard()
     answers = {}
     for system in systems:
         answers[system.name] = [line["systems"][system.name] for line in lines]

@@ -176,6 +176,9 @@ def main():
             key = work_key(split, dialogue, strategies)
             split_of[key], work[key] = split, dialogue
     settings = journal_settings_of(config, modules)
+    cli.claim_folders(folder, config.folder)
+    if endpoint:
+        endpoint.keep_answers(folder)
     processes = ranks.rank(), ranks.world_size(), ranks.wait_for_all
     journal = Journal(folder, "answers", settings, *processes)
     done = sum(key in journal.done for key in work)
@@ -198,7 +201,10 @@ def main():
     if ranks.rank() > 0:
         return
     answers_of = {}  # by key
-    for record in journal.finish(list(work)):
+    finished = journal.finish(list(work))
+    if endpoint:
+        endpoint.kept.discard()
+    for record in finished:
         answers_of[record["key"]] = [Answer.read(answer) for answer in record["answers"]]
     for split, file in (("train", "pairs.jsonl"), ("valid", "pairs.valid.jsonl")):
         answered = [(work[key], answers_of[key]) for key in work if split_of[key] == split]

@@ -21,16 +21,15 @@ import torch
 
 from desc import DescError, cli
 from desc.encoding import Item, mark_loss
-from desc.esconv import Dialogue, first, load_splits
+from desc.esconv import first, load_splits
 from desc.flags import MANY, TrainConfig, flag, parse
 from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, train_adapters
 from desc.losses import dpo_loss
 from desc.mining import Pair, encode_pair, read_pairs
-from desc.sampling import strategy_items
 from desc.storage.adapters import adapter_digest
 from desc.storage.checkpoint import checkpoint_settings
-from desc.strategies import Strategies, read_strategies
+from desc.strategies import read_strategies
 from desc.training.batches import (
     all_batches,
     encode_all,
@@ -49,7 +48,7 @@ from desc.training.run import (
     save_checkpoint_if_due,
     seed_dropout,
 )
-from desc.training.validation import planner_scores
+from desc.training.validation import PlannedTurns, planned_turns, planner_scores
 from desc.tree import Forest
 
 BETA = {"sp": 0.5, "rg": 0.2, "vanilla": 0.2}
@@ -159,12 +158,10 @@ def sum_metrics(losses, chosen, rejected, policy) -> torch.Tensor:
 @torch.no_grad()
 def validate(
     model,
-    tokenizer,
     config: DPOConfig,
     micro_batches,
     known: dict[str, list[float]],
-    dialogues: list[Dialogue],
-    strategies: Strategies,
+    turns: PlannedTurns | None,
 ) -> dict[str, float]:
     """METRICS on validation pairs; if the module plans, its exact scores on validation dialogues,
     too."""
@@ -180,8 +177,8 @@ def validate(
         count += len(members)
     means = sum_over_ranks(sums).cpu() / sum_over_ranks(torch.tensor(count))
     scores = {f"valid/{name}": value for name, value in zip(METRICS, means.tolist())}
-    if config.task in ("sp", "vanilla"):
-        scores |= planner_scores(model, tokenizer, config, dialogues, strategies)
+    if turns:
+        scores |= planner_scores(model, config, turns)
     return scores
 
 
@@ -217,8 +214,7 @@ def main():
     valid_items = drop_equal(
         encode_all(encode, valid_pairs, "validation pairs"), "validation pairs"
     )
-    if config.task in ("sp", "vanilla"):  # planner_scores reads these; here they are checked
-        strategy_items(tokenizer, config.task, valid_dialogues, strategies, config.max_length)
+    turns = planned_turns(tokenizer, config, valid_dialogues, strategies)
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:
@@ -235,9 +231,7 @@ def main():
     def check() -> None:
         """Validate, and keep the best. A planner is judged by the likelihood of the human strategy,
         which over-correction harms (docs/tour.md)."""
-        scores = validate(
-            model, tokenizer, config, valid_micro_batches, valid_known, valid_dialogues, strategies
-        )
+        scores = validate(model, config, valid_micro_batches, valid_known, turns)
         score = scores["valid/nll" if config.task == "sp" else "valid/loss"]
         keep_best(run, model, config, scores, score)
 

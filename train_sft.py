@@ -24,7 +24,6 @@ from desc.judging.labels import balance, hold_out, read_labels
 from desc.lora import add_adapter, train_adapters
 from desc.losses import sft_loss
 from desc.prompts import TASKS, Example, build_examples
-from desc.sampling import strategy_items
 from desc.storage.checkpoint import checkpoint_settings
 from desc.strategies import Strategies, read_strategies
 from desc.training.batches import all_batches, encode_all, my_micro_batches, prepare_ahead
@@ -39,7 +38,7 @@ from desc.training.run import (
     save_checkpoint_if_due,
     seed_dropout,
 )
-from desc.training.validation import planner_scores
+from desc.training.validation import PlannedTurns, planned_turns, planner_scores
 
 
 @dataclass
@@ -99,12 +98,7 @@ def count_tokens(items: list[Item]) -> int:
 
 @torch.no_grad()
 def validate(
-    model,
-    tokenizer,
-    config: SFTConfig,
-    items: list[Item],
-    dialogues: list[Dialogue],
-    strategies: Strategies,
+    model, config: SFTConfig, items: list[Item], turns: PlannedTurns | None
 ) -> dict[str, float]:
     """The loss per token on validation turns; if the module plans, its exact scores, too."""
     model.eval()
@@ -112,8 +106,8 @@ def validate(
     for _, forest in my_micro_batches(model, items, config.share, config.max_tokens):
         total += sft_loss(sequence_logps(model, forest), tokens)
     scores = {"valid/loss": float(sum_over_ranks(total))}
-    if config.task in ("sp", "vanilla"):
-        scores |= planner_scores(model, tokenizer, config, dialogues, strategies)
+    if turns:
+        scores |= planner_scores(model, config, turns)
     return scores
 
 
@@ -140,8 +134,7 @@ def main():
         return
     items = encode_all(encode, examples, "turns")
     valid_items = encode_all(encode, valid_examples, "validation turns")
-    if config.task in ("sp", "vanilla"):  # planner_scores reads these; here they are checked
-        strategy_items(tokenizer, config.task, valid_dialogues, strategies, config.max_length)
+    turns = planned_turns(tokenizer, config, valid_dialogues, strategies)
     torch.manual_seed(config.seed)
     add_adapter(model, "sft", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:
@@ -164,7 +157,7 @@ def main():
         sums = {"loss": total, "nodes": nodes, "turns_cut": turns_cut}
         clip_and_step(run, config, sums, f"turns {batch[0].id} … {batch[-1].id}")
         if is_due(run, config.eval_every) or run.step == len(run.batches):
-            scores = validate(model, tokenizer, config, valid_items, valid_dialogues, strategies)
+            scores = validate(model, config, valid_items, turns)
             keep_best(run, model, config, scores, scores["valid/loss"])
         save_checkpoint_if_due(run, config.save_every)
     finish(run, model, config)

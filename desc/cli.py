@@ -20,7 +20,7 @@ from desc.lora import load_adapter
 from desc.modeling import load, native_dtype
 from desc.storage.adapters import base_name, has_adapter
 from desc.storage.base import base_digest
-from desc.storage.files import read_text, write_json
+from desc.storage.files import claim_folder, read_text, write_json
 from desc.training import ranks
 
 
@@ -47,6 +47,13 @@ def resolve_auto(config: Config, device: torch.device, begun: dict | None = None
     except ValueError:
         raise DescError(f"--date {config.date}: should be auto or a date like 2026-01-31") from None
     print(f"{config.model} computes in {config.dtype} on {device.type}{why}")
+
+
+def claim_folders(*folders: Path) -> None:
+    """Make this run the only writer of these folders. Raises DescError if another writes there."""
+    if ranks.rank() == 0:
+        for folder in dict.fromkeys(folders):
+            claim_folder(folder)
 
 
 def load_model(config: Config, device: torch.device, empty: bool = False):

@@ -87,7 +87,7 @@ def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Di
     Raises DescError naming file, dialogue and field."""
     records = read_records(path)
     if len(records) == 1 and isinstance(records[0], dict) and "dialogues" in records[0]:
-        records = _field(records[0], "dialogues", list, str(path))
+        records = read_field(records[0], "dialogues", list, str(path))
     if not records:
         raise DescError(f"{path}: holds no dialogue")
     dialogues = []
@@ -95,7 +95,7 @@ def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Di
         where = f"{path}: dialogue {i}"
         utterances = [
             _utterance(utterance, f"{where}, utterance {k}", strategies)
-            for k, utterance in enumerate(_field(record, "dialog", list, where))
+            for k, utterance in enumerate(read_field(record, "dialog", list, where))
         ]
         turns = alternate(utterances)
         if not turns:
@@ -107,21 +107,21 @@ def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Di
 KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
 
 
-def _describe(value) -> str:
+def describe(value) -> str:
     """What an error message calls a JSON value: "a list", or a number as it is."""
     return KINDS.get(type(value), repr(value))
 
 
-def _field(record, name: str, kind: type, where: str):
+def read_field(record, name: str, kind: type, where: str):
     """record[name], checked. Raises DescError if it is missing, or of another kind."""
     if not isinstance(record, dict):
-        raise DescError(f"{where}: should be an object, not {_describe(record)}")
+        raise DescError(f"{where}: should be an object, not {describe(record)}")
     if name not in record:
         names = ", ".join(map(repr, record)) or "none"
         raise DescError(f"{where}: field {name!r} is missing (it has {names})")
     value = record[name]
     if not isinstance(value, kind):
-        raise DescError(f"{where}: field {name!r} should be {KINDS[kind]}, not {_describe(value)}")
+        raise DescError(f"{where}: field {name!r} should be {KINDS[kind]}, not {describe(value)}")
     if kind is str and any("\ud800" <= character <= "\udfff" for character in value):
         raise DescError(
             f"{where}: field {name!r} holds half a surrogate pair, which is no Unicode text"
@@ -130,20 +130,20 @@ def _field(record, name: str, kind: type, where: str):
 
 
 def _utterance(record, where: str, strategies: Strategies) -> Turn:
-    speaker = _field(record, "speaker", str, where)
+    speaker = read_field(record, "speaker", str, where)
     if speaker not in SPEAKERS:
         raise DescError(
             f"{where}: field 'speaker' is {speaker!r}; it should be one of {', '.join(SPEAKERS)}"
         )
     from_hub = speaker in ("usr", "sys")
     text_field = "text" if from_hub else "content"
-    text = _field(record, text_field, str, where).strip()
+    text = read_field(record, text_field, str, where).strip()
     if not text:
         raise DescError(f"{where}: field {text_field!r} is empty")
     if SPEAKERS[speaker] == "seeker":
         return Turn("seeker", text)
-    holder = record if from_hub else _field(record, "annotation", dict, where)
-    strategy = _field(holder, "strategy", str, where)
+    holder = record if from_hub else read_field(record, "annotation", dict, where)
+    strategy = read_field(holder, "strategy", str, where)
     if strategy not in strategies:
         raise DescError(
             f"{where}: field 'strategy' is {strategy!r}, no strategy of this"
@@ -187,7 +187,7 @@ def read_split(path: str, count: int) -> dict[str, list[int]]:
     records = read_records(path)
     indices = records[0] if records else None
     for name in SPLITS:
-        if not _field(indices, name, list, path):
+        if not read_field(indices, name, list, path):
             raise DescError(f"{path}: {name} is empty")
         for i in indices[name]:
             if type(i) is not int or not 0 <= i < count:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from desc import DescError
 from desc.encoding import Item, encode
-from desc.esconv import Dialogue, Turn, _describe, _field
+from desc.esconv import Dialogue, Turn, describe, read_field
 from desc.prompts import Messages, build_completion, build_messages
 from desc.storage.files import parse, read_text
 from desc.strategies import Strategies
@@ -159,14 +159,14 @@ def read_messages(record, column: str, speaker: str, where: str) -> Messages:
     if isinstance(record, dict) and isinstance(record.get(column), str):
         record = {column: [{"role": speaker, "content": record[column]}]}
     messages = []
-    for number, message in enumerate(_field(record, column, list, where), 1):
+    for number, message in enumerate(read_field(record, column, list, where), 1):
         place = f"{where}, {column}, message {number}"
-        role = _field(message, "role", str, place)
+        role = read_field(message, "role", str, place)
         if role not in ROLES:
             raise DescError(
                 f"{place}: field 'role' is {role!r}; it should be one of {', '.join(ROLES)}"
             )
-        content = _field(message, "content", str, place)
+        content = read_field(message, "content", str, place)
         # One blank of the user's stands between two turns of a supporter's (desc.esconv.alternate).
         if not content.strip() and (role, content) != ("user", " "):
             raise DescError(f"{place}: field 'content' is empty")
@@ -185,9 +185,9 @@ def read_facts(record: dict, name: str, where: str) -> dict:
         if type(value) is int:
             facts[fact] = value if fact == "turn" else str(value)
         elif fact == "turn":
-            raise DescError(f"{where}: field 'turn' should be an integer, not {_describe(value)}")
+            raise DescError(f"{where}: field 'turn' should be an integer, not {describe(value)}")
         else:
-            facts[fact] = _field(record, fact, str, where)
+            facts[fact] = read_field(record, fact, str, where)
     return facts
 
 

@@ -143,11 +143,8 @@ def _form_of(tokenizer, template: str) -> Form:
     )
     try:
         forms = [try_out(tokenizer, messages, False) for messages in conversations]
-    except DescError as without_folding:
-        try:
-            forms = [try_out(tokenizer, messages, True) for messages in conversations]
-        except DescError:
-            raise without_folding from None
+    except DescError:
+        forms = [try_out(tokenizer, messages, True) for messages in conversations]
     if forms[0] != forms[1]:
         raise DescError(
             "the model's chat template renders a first answer in another way than a later one; use"
@@ -168,13 +165,12 @@ def try_out(tokenizer, messages: Messages, folds_system: bool) -> Form:
             f"the model's chat template leaves out what a {left_out[0]} message says; use another"
             " model"
         )
-    # The answer has blanks around it, which a template may keep or drop.
-    answered = [*shown, {"role": "assistant", "content": f" {REPLY} "}]
-    whole = render_as_is(tokenizer, answered, generate=False)
-    strips = f" {REPLY} " not in whole
-    before, found, after = whole.rpartition(REPLY if strips else f" {REPLY} ")
+    whole = answer(tokenizer, shown, REPLY)
+    before, found, after = whole.rpartition(REPLY)
     if not found:
         raise DescError("the model's chat template leaves out what the assistant says")
+    spaced = f"\n {REPLY} \n"
+    strips = answer(tokenizer, shown, spaced) != before + spaced + after
     header, lead = "", before.removeprefix(prompt)
     if not before.startswith(prompt):
         raise DescError(
@@ -191,6 +187,12 @@ def try_out(tokenizer, messages: Messages, folds_system: bool) -> Form:
         header, lead = lead, ""
     end, trail = split_ending(tokenizer, after)
     return Form(folds_system, header, lead, trail, strips, end)
+
+
+def answer(tokenizer, messages: Messages, text: str) -> str:
+    """The whole conversation as text, if the assistant answers `text`."""
+    answered = [*messages, {"role": "assistant", "content": text}]
+    return render_as_is(tokenizer, answered, generate=False)
 
 
 def split_ending(tokenizer, after: str) -> tuple[int, str]:

@@ -74,7 +74,8 @@ def test_learning_rate_by_hand():
 def make_run(tmp_path, weight):
     optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0)
     bar = tqdm(disable=True)
-    return Run([[]] * 10, {"w": weight}, optimizer, tmp_path, tmp_path, tmp_path, {}, bar)
+    (tmp_path / "checkpoints").mkdir()
+    return Run([[]] * 10, {"w": weight}, optimizer, tmp_path, {}, bar)
 
 
 def test_a_step_by_hand(tmp_path):
@@ -89,9 +90,9 @@ def test_a_step_by_hand(tmp_path):
     assert weight.tolist() == pytest.approx([0.5, 1.5], abs=1e-5)
     assert weight.grad is None
     assert run.step == 1
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "checkpoints" / "metrics.jsonl").exists()
     write_pending(run)
-    (record,) = lines(tmp_path / "metrics.jsonl")
+    (record,) = lines(tmp_path / "checkpoints" / "metrics.jsonl")
     del record["time"]
     assert record == pytest.approx(
         {"step": 1, "loss": 7.0, "nodes": 11.0, "grad_norm": 5.0, "lr": 0.5}
@@ -108,7 +109,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
         DescError, match="step 1: the loss or the gradient of pairs 3 … 4 is not finite"
     ):
         save_checkpoint_if_due(run, 1)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_without_clipping_the_gradient_stays_as_it_is(tmp_path):
@@ -122,7 +123,7 @@ def test_without_clipping_the_gradient_stays_as_it_is(tmp_path):
     assert run.optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([0.3, -0.4])
     assert weight.tolist() == pytest.approx([0.5, 1.5], abs=1e-5)
     write_pending(run)
-    assert lines(tmp_path / "metrics.jsonl")[0]["grad_norm"] == pytest.approx(5.0)
+    assert lines(tmp_path / "checkpoints" / "metrics.jsonl")[0]["grad_norm"] == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize(

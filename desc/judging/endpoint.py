@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
@@ -32,6 +33,7 @@ from desc.judging.completions import (
 )
 from desc.prompts import Messages, build_messages
 from desc.sampling import seed_of
+from desc.storage.journal import Journal, work_key
 from desc.strategies import Strategies
 from desc.training import ranks
 
@@ -180,6 +182,7 @@ class Endpoint:
         self.thinking: set[str] = set()  # tasks of which an answer held thoughts
         self.counts: Counter = Counter()  # answers by (task, problem)
         self.lock = threading.Lock()
+        self.kept: Journal | None = None  # answers, so that none is paid for twice
         self.pool = ThreadPoolExecutor(concurrency)
 
     def ask_all(
@@ -210,6 +213,9 @@ class Endpoint:
         are spent."""
         if self.template_options:
             settings["chat_template_kwargs"] = self.template_options
+        key = work_key(self.address, self.model, task, json.dumps([messages, settings]))
+        if self.kept and key in self.kept.done:
+            return self.count(task, Completion(**self.kept.done[key]["answer"]))
         completion = self.call(messages, task, settings, OPTIONAL)
         problem = self.find_problem(completion, task, readable)
         if problem == CUT_OFF and "max_tokens" in settings:
@@ -220,9 +226,24 @@ class Endpoint:
                 pass  # because the model's context has no more room
             else:
                 problem = self.find_problem(completion, task, readable)
+        completion = replace(completion, problem=problem)
+        if self.kept:
+            with self.lock:
+                self.kept.append({"key": key, "answer": asdict(completion)})
+        return self.count(task, completion)
+
+    def count(self, task: str, completion: Completion) -> Completion:
+        """The completion, once it is counted."""
         with self.lock:
-            self.counts[task, problem] += 1
-        return replace(completion, problem=problem)
+            self.counts[task, completion.problem] += 1
+        return completion
+
+    def keep_answers(self, folder: Path) -> None:
+        """Keep each answer in FOLDER/calls.RANK.jsonl as it comes, and use those that are there
+        instead of calls, until the file is discarded. Every rank must call this."""
+        self.kept = Journal(
+            folder, "calls", {}, ranks.rank(), ranks.world_size(), ranks.wait_for_all
+        )
 
     def find_problem(
         self, completion: Completion, task: str, readable: Callable[[str], bool]

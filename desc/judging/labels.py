@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from desc import DescError
-from desc.esconv import SPEAKERS, Dialogue, Turn, _describe, _field
+from desc.esconv import SPEAKERS, Dialogue, Turn, describe, read_field
 from desc.judging.annotator import build_annotator_messages
 from desc.mining import LABELS, Annotation, Annotator, Case
 from desc.prompts import Example
@@ -56,7 +56,7 @@ def read_labels(
         seeker_texts = []
         for i, record in enumerate(records):
             is_null = record.get("user_input") is None
-            text = "" if is_null else _field(record, "user_input", str, f"{path}: row {i + 1}")
+            text = "" if is_null else read_field(record, "user_input", str, f"{path}: row {i + 1}")
             seeker_texts.append(text)
         places = find_turns(seeker_texts, dialogues, path)
     labelled = []
@@ -102,17 +102,17 @@ def read_own_row(
         return None
     dialogue, turn = record.get("dialogue"), record.get("turn")
     if type(dialogue) is not int:
-        dialogue = _field(record, "dialogue", str, where)
+        dialogue = read_field(record, "dialogue", str, where)
     if type(turn) is not int or turn < 0:
-        raise DescError(f"{where}: field 'turn' should be an integer from 0, not {_describe(turn)}")
-    context = _field(record, "context", list, where)
+        raise DescError(f"{where}: field 'turn' should be an integer from 0, not {describe(turn)}")
+    context = read_field(record, "context", list, where)
     if not context:
         raise DescError(f"{where}: field 'context' is empty")
     history = tuple(
         read_utterance(utterance, f"{where}, context, utterance {number}")
         for number, utterance in enumerate(context, 1)
     )
-    reply = _field(record, "response", str, where)
+    reply = read_field(record, "response", str, where)
     case = read_case(record, history, reply, strategies, where)
     return LabelledTurn(str(dialogue), turn, case, label)
 
@@ -120,7 +120,10 @@ def read_own_row(
 def read_utterance(record, where: str) -> Turn:
     """An utterance {speaker, text} of a row's context. Raises DescError that begins with `where` if
     it is none."""
-    speaker, text = _field(record, "speaker", str, where), _field(record, "text", str, where)
+    speaker, text = (
+        read_field(record, "speaker", str, where),
+        read_field(record, "text", str, where),
+    )
     if speaker not in SPEAKERS:
         raise DescError(
             f"{where}: field 'speaker' is {speaker!r}; it should be one of {', '.join(SPEAKERS)}"
@@ -138,7 +141,7 @@ def read_label(
     with `where` if it is missing or no text."""
     if name in record and record[name] is None:
         return None
-    return known_labels.get(_field(record, name, str, where))
+    return known_labels.get(read_field(record, name, str, where))
 
 
 def read_case(
@@ -146,7 +149,7 @@ def read_case(
 ) -> Case:
     """The supporter turn that a row is about. Raises DescError that begins with `where` if the
     reply is blank, or the row's strategy unknown."""
-    strategy = _field(record, "strategy", str, where)
+    strategy = read_field(record, "strategy", str, where)
     if strategy not in strategies:
         raise DescError(
             f"{where}: field 'strategy' is {strategy!r}, no strategy of this"
@@ -172,7 +175,7 @@ def read_published_row(
     label = read_label(record, "Error Type", known_labels, where)
     if label is None:
         return None
-    _, reply = strategies.split_tag(_field(record, "response", str, where))
+    _, reply = strategies.split_tag(read_field(record, "response", str, where))
     case = read_case(record, dialogue.history(turn), reply, strategies, where)
     return LabelledTurn(dialogue.id, turn, case, label)
 

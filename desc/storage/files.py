@@ -2,15 +2,24 @@
 
 import json
 import os
+import secrets
+import socket
+import sys
 from pathlib import Path
 
 from desc import DescError
+
+if os.name == "posix":
+    import fcntl
+
+TEMPORARY = ".desc-tmp"  # how the names of half-written files end
+held_locks = []  # open files, so that they stay locked until this process ends
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file, whole or not at all, and make its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -24,6 +33,34 @@ def write_bytes(path: Path, data: bytes) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name must outlive a power cut, too
         os.close(folder)
+
+
+def claim_folder(folder: Path) -> None:
+    """Make this process the only writer of FOLDER until it ends, however it ends.
+
+    The lock is on a file beside the folder, .NAME.lock. A file system without locks, and Windows,
+    are left without. What a killed writer left half-written is deleted. Raises DescError if another
+    process writes there, naming it."""
+    if os.name != "posix":
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(folder.parent / f".{folder.name}.lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise DescError(
+            f"{folder}: another run writes there ({lock.read().strip() or 'just begun'}); wait for"
+            " its end, or give another --out"
+        ) from None
+    except OSError:  # this file system has no locks
+        return
+    held_locks.append(lock)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}: {' '.join(sys.argv)[:200]}\n")
+    lock.flush()
+    for half_written in folder.glob(f"*{TEMPORARY}"):
+        half_written.unlink()
 
 
 def write_json(path: Path, value) -> None:

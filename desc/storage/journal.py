@@ -3,6 +3,7 @@ there, on any number of ranks."""
 
 import hashlib
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,12 +19,19 @@ def work_key(*parts) -> str:
 def journal_settings(folder: Path, name: str, wanted: dict) -> dict:
     """The settings of the run under way in FOLDER/NAME.RANK.jsonl, else those of the finished one
     in FOLDER/NAME.jsonl if they are `wanted` but for dtype and date; {} if there is neither."""
-    for part in sorted(folder.glob(f"{name}.*.jsonl")):
+    for part in part_files(folder, name):
         return first_line(part)
     finished = first_line(folder / f"{name}.jsonl")
     any_machine_and_day = {"dtype": None, "date": None}
     same = finished | any_machine_and_day == wanted | any_machine_and_day
     return finished if same else {}
+
+
+def part_files(folder: Path, name: str) -> list[Path]:
+    """The files FOLDER/NAME.RANK.jsonl. Others that begin alike, such as a copy that people made,
+    are not ours."""
+    paths = sorted(folder.glob(f"{name}.*.jsonl"))
+    return [path for path in paths if re.fullmatch(r"0|[1-9]\d{0,3}", path.name.split(".")[-2])]
 
 
 def first_line(path: Path) -> dict:
@@ -64,7 +72,7 @@ class Journal:
         wait_for_all()  # every rank has read all files before any of them grows
 
     def parts(self) -> list[Path]:
-        return sorted(self.whole.parent.glob(f"{self.whole.stem}.*.jsonl"))
+        return part_files(self.whole.parent, self.whole.stem)
 
     def read(self) -> dict[str, dict]:
         """The records by key: of the finished run if it had the same settings, and of the one under
@@ -96,6 +104,10 @@ class Journal:
         done = self.read()
         records = {key: done[key] for key in keys}
         write_lines(self.whole, [self.settings, *(records | done).values()])
+        self.discard()
+        return list(records.values())
+
+    def discard(self) -> None:
+        """Delete what is half done. Only the first rank may call this."""
         for part in self.parts():
             part.unlink()
-        return list(records.values())

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from desc import DescError
-from desc.cli import progress, save_config
+from desc.cli import claim_folders, progress, save_config
 from desc.exactness import check_tree
 from desc.flags import TrainConfig, training_settings
 from desc.lora import export_adapters
@@ -21,7 +21,7 @@ from desc.sampling import seed_of
 from desc.storage.adapters import write_adapter
 from desc.storage.base import base_digest
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
-from desc.storage.files import append_line, drop_torn_line, read_lines, write_lines
+from desc.storage.files import append_line, drop_torn_line, read_lines, write_bytes, write_lines
 from desc.storage.journal import work_key
 from desc.training.batches import all_batches
 from desc.training.ranks import (
@@ -67,15 +67,19 @@ class Run:
     batches: list[list]  # of examples or pairs, of all epochs
     trained: dict[str, torch.nn.Parameter]  # the adapter, by name
     optimizer: torch.optim.Optimizer
-    folder: Path
-    best_folder: Path  # where the adapter with the best validation score is kept
-    last_folder: Path  # where the last one is kept
+    folder: Path  # where the finished artefact will lie
     settings: dict  # what a checkpoint must have been made with
     bar: tqdm | None = None
     step: int = 0  # steps done
     best: float = math.inf  # the lowest validation score so far
     pending: PendingStep | None = None
     asked_to_stop: bool = False
+
+    @property
+    def work(self) -> Path:
+        """The folder of a run under way: its metrics, the best adapter so far, checkpoints. What an
+        earlier run left in `folder` stays until this one is whole."""
+        return self.folder / "checkpoints"
 
     def title(self) -> str:
         return " ".join(self.folder.parts[-2:])  # "sp sft"
@@ -112,12 +116,10 @@ def begin(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adamw = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(trained.values(), **adamw)
-    best_folder, last_folder = folder, folder / "last"
-    if config.keep == "last":
-        best_folder, last_folder = folder / "best", folder
     settings = training_settings(config) | {"base": base_digest(model.name_or_path)}
     settings["input"] = work_key(examples, reference)
-    run = Run(batches, trained, optimizer, folder, best_folder, last_folder, settings)
+    run = Run(batches, trained, optimizer, folder, settings)
+    claim_folders(folder)
     resume(run)
     onwards = f", from step {run.step} on" if run.step else ""
     print(f"{len(examples)} {unit} in {len(batches)} steps, into {folder}{onwards}")
@@ -132,8 +134,8 @@ def begin(
 
 def resume(run: Run) -> None:
     """Take over the newest checkpoint; without one begin a new metrics.jsonl."""
-    metrics = run.folder / "metrics.jsonl"
-    checkpoint = read_checkpoint(run.folder / "checkpoints", run.settings)
+    metrics = run.work / "metrics.jsonl"
+    checkpoint = read_checkpoint(run.work, run.settings)
     digests = gather_objects(checkpoint[0]["digest"] if checkpoint else None)
     if len(set(digests)) > 1:
         raise DescError(
@@ -221,7 +223,7 @@ def log(run: Run, step: int, record: dict) -> None:
     if rank() > 0:
         return
     stamped = {"time": round(time.time(), 3), "step": step, **record}
-    append_line(run.folder / "metrics.jsonl", stamped)
+    append_line(run.work / "metrics.jsonl", stamped)
     if "loss" in record:
         run.bar.set_description(f"{run.title()}, loss {record['loss']:.4f}", refresh=False)
     else:
@@ -235,18 +237,25 @@ def is_due(run: Run, every: int) -> bool:
 
 
 def keep_best(run: Run, model, config: TrainConfig, scores: dict, score: float) -> None:
-    """Log validation scores, and save the adapter if `score` is the lowest so far."""
+    """Log validation scores, and save the adapter if `score` is the lowest so far.
+
+    Raises DescError if the score is not finite."""
     write_pending(run)
     log(run, run.step, scores)
+    if on_any_rank(not math.isfinite(score)):
+        raise DescError(f"step {run.step}: the validation score is not finite; lower --lr")
     if on_any_rank(score < run.best):
         run.best = score
-        save_artefact(model, config, run.best_folder)
+        save_artefact(model, config, run.work / "best")
 
 
 def save_artefact(model, config: TrainConfig, folder: Path) -> int:
     """The model's adapters as one, with the configuration that made it. Every rank must call this;
-    the first writes. Returns the rank of the one: the sum of theirs."""
+    the first writes. Returns the rank of the one: the sum of theirs. Raises DescError if a value is
+    not finite."""
     settings, halves = export_adapters(model, whole)
+    if not all(half.isfinite().all() for half in halves.values()):
+        raise DescError("the adapter has values that are not finite; lower --lr")
     if rank() == 0:
         write_adapter(folder, settings, halves)
         save_config(config, folder, base_digest(model.name_or_path))
@@ -289,25 +298,32 @@ def save_checkpoint_if_due(run: Run, every: int) -> None:
                 saved[key] = tensor.cpu()
     if rank() == 0:
         facts = {"step": run.step, "best": run.best, "settings": run.settings}
-        write_checkpoint(run.folder / "checkpoints", facts, saved)
+        write_checkpoint(run.work, facts, saved)
     if stop:
         # When one rank ends, torchrun ends the others, so all wait until the checkpoint is written.
         wait_for_all()
         run.bar.close()
         print(
             f"stopped after step {run.step} of {len(run.batches)}; the same command goes on from"
-            " there"
+            f" there (its metrics and its best adapter so far are in {run.work})"
         )
         sys.exit(128 + signal.SIGTERM)
 
 
 def finish(run: Run, model, config: TrainConfig) -> None:
-    """Save the last adapter, and clear the checkpoints away."""
+    """Put the best and the last adapter in their places, and clear the folder of the run under way.
+
+    A kill in between harms nothing: the same command does this again."""
     write_pending(run)
     run.bar.close()
-    adapter_rank = save_artefact(model, config, run.last_folder)
+    adapter_rank = save_artefact(model, config, run.work / "last")
     if rank() == 0:
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+        for name in ("best", "last"):
+            place = run.folder if name == config.keep else run.folder / name
+            for file in (run.work / name).iterdir():
+                write_bytes(place / file.name, file.read_bytes())
+        write_bytes(run.folder / "metrics.jsonl", (run.work / "metrics.jsonl").read_bytes())
+        shutil.rmtree(run.work, ignore_errors=True)
     print(
         f"best validation score {run.best:.4f}; the adapter that later steps find ({config.keep})"
         f" is in {run.folder}"

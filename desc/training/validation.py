@@ -1,7 +1,10 @@
 """The exact scores of a planner on validation dialogues."""
 
+from dataclasses import dataclass
+
 import torch
 
+from desc.encoding import Item
 from desc.esconv import Dialogue
 from desc.flags import TrainConfig
 from desc.metrics import (
@@ -17,26 +20,44 @@ from desc.training.ranks import gather_objects
 from desc.training.sharding import is_sharded
 
 
-@torch.no_grad()
-def planner_scores(
-    model, tokenizer, config: TrainConfig, dialogues: list[Dialogue], strategies: Strategies
-) -> dict[str, float]:
-    """A planner's exact scores on dialogues: the negative log-likelihood of the human strategy at
-    T = 1, and accuracy, Q and B of the confusion matrix that sampling at the paper's T 0.7,
-    top_p 0.95 has on average."""
+@dataclass(frozen=True)
+class PlannedTurns:
+    """Validation turns on which a planner is scored."""
+
+    items: list[Item]  # each turn with all K strategies
+    gold: list[str]
+    strategies: Strategies
+
+
+def planned_turns(
+    tokenizer, config: TrainConfig, dialogues: list[Dialogue], strategies: Strategies
+) -> PlannedTurns | None:
+    """The supporter turns of dialogues; None if the module of --task plans nothing.
+
+    Raises DescError if a turn is too long."""
+    if config.task not in ("sp", "vanilla"):
+        return None
     items = strategy_items(tokenizer, config.task, dialogues, strategies, config.max_length)
+    gold = [turn.strategy for dialogue in dialogues for turn in dialogue.supporter_turns()]
+    return PlannedTurns(items, gold, strategies)
+
+
+@torch.no_grad()
+def planner_scores(model, config: TrainConfig, turns: PlannedTurns) -> dict[str, float]:
+    """A planner's exact scores: the negative log-likelihood of the human strategy at T = 1, and
+    accuracy, Q and B of the confusion matrix that sampling at the paper's T 0.7, top_p 0.95 has on
+    average."""
     scored: dict[str, torch.Tensor] = {}
-    for members, forest in my_micro_batches(model, items, "dialogue", config.max_tokens):
+    for members, forest in my_micro_batches(model, turns.items, "dialogue", config.max_tokens):
         scored |= branch_logps(model, members, forest)
     if is_sharded(model):
         for part in gather_objects(scored):
             scored |= part
-    logps = torch.stack([scored[item.id] for item in items])  # (T, K)
-    gold = [turn.strategy for dialogue in dialogues for turn in dialogue.supporter_turns()]
-    counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), gold, strategies)
+    logps = torch.stack([scored[item.id] for item in turns.items])  # (T, K)
+    counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), turns.gold, turns.strategies)
     scores = scores_of_confusion(counts)
     return {
-        "valid/nll": negative_log_likelihood(logps.numpy(), gold, strategies),
+        "valid/nll": negative_log_likelihood(logps.numpy(), turns.gold, turns.strategies),
         "valid/accuracy": scores.accuracy,
         "valid/Q": scores.macro_f1,
         "valid/B": bias_of_confusion(counts).bias,
