@@ -98,11 +98,11 @@ class EvalConfig(SampleConfig, AskConfig):
 
 def refuse_early(config: EvalConfig) -> None:
     """Raises DescError if the run would fail at its end: matplotlib is missing, or ratings.csv
-    holds what people wrote."""
+    may hold what people wrote."""
     if config.report:
         load_matplotlib()
     if config.judge != "none":
-        agreement.refuse_labelled(config.ratings_file)
+        agreement.refuse_edited(config.ratings_file)
 
 
 def find_replied(config: EvalConfig, test: list[Dialogue]) -> list[Dialogue]:
@@ -225,8 +225,6 @@ def main():
     facts |= asdict(config) | settings
 
     # Write and print.
-    if judge:
-        agreement.write_ratings(config.ratings_file, test, answers)
     write_json(config.folder / "results.json", {"facts": facts, "systems": rows})
     print(
         f"\n{len(test)} test dialogues; percent but for B, nll (nats), ratings (0 to 5) and length"
@@ -244,6 +242,8 @@ def main():
         write_page(config.report, results)
         print(f"\nthe report is {config.report}")
     show_turns(config.show, replied or test, answers)
+    if judge:  # last, because it may be refused if people have worked on the file meanwhile
+        agreement.write_ratings(config.ratings_file, test, answers)
 
 
 if __name__ == "__main__":

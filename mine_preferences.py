@@ -53,6 +53,11 @@ class MineConfig(SampleConfig, AskConfig, TaskConfig):
     sampler: Literal["local", "endpoint"] = flag(
         "local", "who answers: --model with the adapters in OUT, or --endpoint"
     )
+    sft: Literal["adapter", "base"] = flag(
+        "adapter",
+        "whose errors are mined: the SFT adapter's in OUT/TASK/sft, or the base model's; the"
+        " shipped sample does without an adapter",
+    )
     samples: int = flag(1, "answers per turn; equal ones make one pair", at_least=1, at_most=1000)
     min_confidence: float = flag(
         0.0, "annotations that are less sure make no pair", at_least=0, at_most=1
@@ -102,7 +107,7 @@ def check_flags(config: MineConfig) -> None:
             " released"
         )
     if config.review:
-        agreement.refuse_labelled(config.review_file)
+        agreement.refuse_edited(config.review_file)
 
 
 def adapter_folder(config: MineConfig, module: str) -> Path:
@@ -115,7 +120,12 @@ def make_sampler(config: MineConfig, model, tokenizer, endpoint, modules, strate
         return EndpointSampler(endpoint, config, strategies)
     for module in modules:
         otherwise = f"mines the base model; first run train_sft.py --task {module}"
-        cli.use_adapter(model, adapter_folder(config, module), module, otherwise)
+        if config.sft == "base":
+            print(f"mines the base model as {module}")
+        elif config.data == "sample":
+            cli.use_adapter(model, adapter_folder(config, module), module, otherwise)
+        else:  # one's own data: a step that failed should not go unnoticed
+            cli.use_adapter(model, adapter_folder(config, module), module)
     return LocalSampler(model, tokenizer, config, strategies)
 
 

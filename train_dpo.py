@@ -79,22 +79,32 @@ class DPOConfig(TrainConfig):
     label_smoothing: float = flag(
         0.0, "share of pairs taken to be labelled the wrong way round", at_least=0, at_most=0.5
     )
-    sft: str | None = flag(None, "folder of the SFT adapter; None: OUT/TASK/sft")
+    sft: str | None = flag(None, "folder of the SFT adapter, or base for none; None: OUT/TASK/sft")
     eval_pairs: int = flag(
         0, "validation pairs to score, the first; 0 means all", at_least=0, at_most=MANY
     )
-    pairs: str | None = flag(None, "folder with pairs.jsonl and pairs.valid.jsonl; None: OUT/TASK")
+    pairs: str | None = flag(
+        None,
+        "folder with pairs.jsonl and pairs.valid.jsonl, or sample for a few that are shipped; None:"
+        " OUT/TASK",
+    )
 
 
 def find_pairs(config: DPOConfig) -> Path:
-    """The folder of the pairs: --pairs, what was mined, or a few that are shipped."""
+    """The folder of the pairs: --pairs, or what was mined. For the shipped sample, or if asked for,
+    a few that are shipped.
+
+    Raises DescError if nothing was mined."""
+    shipped = files("desc") / "data" / config.task
     folder = Path(config.pairs) if config.pairs else config.folder
-    if not (folder / "pairs.jsonl").exists() and not config.pairs:
-        print(
-            f"finds no pairs in {folder}: uses a few shipped ones; for your own run"
-            f" mine_preferences.py --task {config.task}"
-        )
-        folder = files("desc") / "data" / config.task
+    mine_first = f"finds no pairs in {folder}: first run mine_preferences.py --task {config.task}"
+    if config.pairs == "sample":
+        folder = shipped
+    elif not (folder / "pairs.jsonl").exists() and not config.pairs:
+        if config.data != "sample":
+            raise DescError(f"{mine_first}, or give --pairs FOLDER, or --pairs sample")
+        print(f"{mine_first} for your own; uses a few shipped ones")
+        folder = shipped
     print(f"uses the pairs in {folder}")
     return folder
 
@@ -114,6 +124,20 @@ def drop_equal(items: list[Item], unit: str) -> list[Item]:
         left_out = len(items) - len(differing)
         print(f"leaves out {left_out} of {len(items)} {unit}: chosen and rejected are the same")
     return differing
+
+
+def attach_sft(model, config: DPOConfig) -> str:
+    """Attach the SFT adapter, which is the reference. Returns its digest; "" if the reference is
+    the base model, as it is if --sft base asks for it, or on the sample if there is no adapter."""
+    if config.sft == "base":
+        print("the reference is the base model")
+        return ""
+    folder = Path(config.sft) if config.sft else config.folder / "sft"
+    otherwise = None
+    if config.data == "sample" and not config.sft:
+        otherwise = f"the reference is the base model; first run train_sft.py --task {config.task}"
+    cli.use_adapter(model, folder, "sft", otherwise)
+    return adapter_digest(folder)
 
 
 def pair_logps(model, forest: Forest) -> torch.Tensor:
@@ -207,9 +231,7 @@ def main():
         shown = encode(pairs[0])
         print("\n\n".join(mark_loss(tokenizer, sequence) for sequence in shown.sequences))
         return
-    sft = Path(config.sft) if config.sft else config.folder / "sft"
-    missing = f"the reference is the base model; first run train_sft.py --task {config.task}"
-    cli.use_adapter(model, sft, "sft", None if config.sft else missing)
+    sft = attach_sft(model, config)
     items = drop_equal(encode_all(encode, pairs, "pairs"), "pairs")
     valid_items = drop_equal(
         encode_all(encode, valid_pairs, "validation pairs"), "validation pairs"
@@ -220,7 +242,7 @@ def main():
     if config.estimate:
         print(estimate(model, config, all_batches(items, config), passes=2))
         return
-    run = begin(model, config, items, "pairs", folder, device, adapter_digest(sft))
+    run = begin(model, config, items, "pairs", folder, device, sft)
     _, valid_micro_batches = prepare(valid_items)
     # Both files may call a pair the same, so each has a dictionary of its own.
     valid_known, known = score_reference(model, valid_micro_batches), {}

@@ -1,6 +1,6 @@
 """What the five scripts share while they run: dtype, progress, adapters, errors in one line."""
 
-import json
+import errno
 import os
 import signal
 import sys
@@ -20,8 +20,15 @@ from desc.lora import load_adapter
 from desc.modeling import load, native_dtype
 from desc.storage.adapters import base_name, has_adapter
 from desc.storage.base import base_digest
-from desc.storage.files import claim_folder, read_text, write_json
+from desc.storage.files import claim_folder, parse, read_text, write_json
 from desc.training import ranks
+
+bars: list[tqdm] = []  # of this run
+OUT_OF_MEMORY = (
+    "out of memory. Training needs less with a smaller --max-tokens or with --recompute, mining and"
+    " evaluation with a smaller --max-tokens or --max-new-tokens; --batch-size changes little. The"
+    " same command then goes on from where it was"
+)
 
 
 def resolve_auto(config: Config, device: torch.device, begun: dict | None = None) -> None:
@@ -75,6 +82,7 @@ def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
         miniters=0,  # else update(0) would print nothing
         disable=ranks.rank() > 0,
     )
+    bars.append(bar)
     read = 0
 
     def count(module, args, kwargs):
@@ -100,7 +108,7 @@ def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) ->
         load_adapter(model, folder, name)
         return True
     if otherwise is None:
-        raise DescError(f"finds no adapter in {folder}")
+        raise DescError(f"finds no adapter in {folder}: train it first, or ask for the base model")
     print(f"finds no adapter in {folder}: {otherwise}")
     return False
 
@@ -111,7 +119,8 @@ def refuse_other_base(model, folder: Path) -> None:
     Beside our own adapters stands the base's digest. Of others only the base's name is known, and a
     model may have several, so another name is only printed."""
     saved = folder / "config.json"
-    made_for = json.loads(read_text(saved)).get("base") if saved.exists() else None
+    made_with = parse(read_text(saved), f"{saved}:") if saved.exists() else None
+    made_for = made_with.get("base") if isinstance(made_with, dict) else None
     if made_for and made_for != base_digest(model.name_or_path):
         raise DescError(
             f"{folder}: was trained on another base than {model.name_or_path}; give its --model, or"
@@ -135,10 +144,20 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
 
+def printable(problem: str) -> str:
+    """An error as it may be shown: without a file's or a server's control characters, and without
+    the middle of a very long value."""
+    shown = "".join(sign if sign.isprintable() or sign == "\n" else "\ufffd" for sign in problem)
+    return shown if len(shown) <= 4000 else f"{shown[:1000]} … {shown[-1000:]}"
+
+
 def fail(problem: str) -> None:
     """Print one line and end with status 1, upon which torchrun ends the other ranks. If all ranks
     fail alike, the first reports it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for bar in bars:
+        bar.close()  # so that the line does not begin at the end of a bar
+    problem = printable(problem)
     if ranks.rank():
         time.sleep(2)
         problem = f"rank {ranks.rank()}: {problem}"
@@ -166,11 +185,20 @@ def run(main) -> None:
     except BrokenPipeError:  # whoever reads, `| head` say, has seen enough
         os._exit(141)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            fail(
+                f"{error.filename}: the disk is full; what was written before is whole, and the"
+                " same command goes on from there"
+            )
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        fail(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         sys.stdout.flush()
         os._exit(130)  # at once: an orderly end would wait for calls to an endpoint
-    except Exception:
+    except Exception as error:
+        if "can't allocate memory" in str(error):  # PyTorch's error on a CPU is of no class
+            fail(OUT_OF_MEMORY)
         if ranks.world_size() == 1:
             raise
         fail(traceback.format_exc())

@@ -44,8 +44,18 @@ def encode_completion(tokenizer, text: str, end: bool) -> list[int]:
         return []
     text = form.lead + defuse(tokenizer, text.strip() if form.strips else text)
     if not end:
-        return tokenizer(text, add_special_tokens=False).input_ids
-    return tokenizer(text + form.trail, add_special_tokens=False).input_ids + [form.end]
+        return encode_after(tokenizer, form.opening, text)
+    return encode_after(tokenizer, form.opening, text + form.trail) + [form.end]
+
+
+def encode_after(tokenizer, opening: str, text: str) -> list[int]:
+    """`text` as token ids, as it follows `opening`, with no token of both.
+
+    Tokenizers like Llama 2's put a blank before a text that follows nothing."""
+    before, both = tokenizer([opening, opening + text], add_special_tokens=False).input_ids
+    if both[: len(before)] == before:
+        return both[len(before) :]
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def decode(tokenizer, ids: list[int]) -> str:
@@ -69,16 +79,20 @@ def encode(
     in `max_length` tokens.
 
     `end=False` leaves the end-of-turn token out, because the completion goes on (the tag of
-    "[strategy] reply"). Raises DescError if the system message, the latest turn and the completion
-    alone are too long."""
+    "[strategy] reply"). Raises DescError, with `name` before it, if the system message, the latest
+    turn and the completion alone are too long, or if the chat template cannot render the
+    messages."""
     tails = [encode_completion(tokenizer, text, end) for text in completions]
     longest, kept, cut = max(map(len, tails)), messages, 0
-    while len(prompt := encode_prompt(tokenizer, kept)) + longest > max_length:
-        kept, cut = drop_oldest(kept), cut + 1
-        if kept is None:
-            raise DescError(
-                f"{name}: the latest turn alone has more than {max_length} tokens; raise max_length"
-            )
+    try:
+        while len(prompt := encode_prompt(tokenizer, kept)) + longest > max_length:
+            kept, cut = drop_oldest(kept), cut + 1
+            if kept is None:
+                raise DescError(
+                    f"the latest turn alone has more than {max_length} tokens; raise max_length"
+                )
+    except DescError as error:
+        raise DescError(f"{name}: {error}") from None
     return Item(name, dialogue, [TokenSequence(prompt, tail) for tail in tails], cut)
 
 
@@ -92,7 +106,8 @@ def encode_example(tokenizer, example: Example, max_length: int) -> Item:
 
 def mark_loss(tokenizer, sequence: TokenSequence) -> str:
     """The sequence as text, with the part that carries loss between » and «."""
-    prompt, completion = (
-        tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in sequence
+    prompt, whole = (
+        tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        for ids in (sequence.prompt, sequence.prompt + sequence.completion)
     )
-    return f"{prompt}»{completion}«"
+    return f"{prompt}»{whole[len(prompt) :]}«"

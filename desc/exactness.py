@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 # stock attention by at most 2.3 times as much (mixtures of experts, whose routing may flip).
 NOISE_RATIO = 4
 PLAIN = "decoder with plain attention, such as Llama or Qwen"
-SHARDED_TOLERANCE = 0.15  # of a sharded model, whose fp32 is not at hand
+SHARDED_TOLERANCE = 0.15  # of a sharded model in bf16, whose fp32 is not at hand
 
 
 def check_tree(model, max_length: int) -> None:
@@ -35,12 +35,13 @@ def check_tree(model, max_length: int) -> None:
     model is read in its own dtype alone. Raises DescError if the numbers differ, or if the model
     cannot read a tree."""
     text = model.config.get_text_config()
+    refuse_odd_layers(text)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(text.vocab_size, (45,), generator=generator).tolist()
+    tokens = torch.randperm(text.vocab_size, generator=generator)[:24].tolist()
     sequences = [
-        TokenSequence(tokens[:20], tokens[20:30]),
-        TokenSequence(tokens[:20], tokens[30:33]),
-        TokenSequence(tokens[:12] + tokens[33:38], tokens[38:45]),
+        TokenSequence(tokens[:10], tokens[10:16]),
+        TokenSequence(tokens[:10], tokens[16:18]),
+        TokenSequence(tokens[:7] + tokens[18:20], tokens[20:24]),
     ]
     with torch.no_grad(), small_window(text):
         try:
@@ -55,11 +56,24 @@ def check_tree(model, max_length: int) -> None:
             ) from None
 
 
+def refuse_odd_layers(text) -> None:
+    """Raises DescError if a model has layers for which the tree has no mask.
+
+    Some differ only beyond what is tried out here. An example are Llama 4's chunks of 8192 tokens,
+    beside which it scales by a token's place in the batch."""
+    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        raise DescError(
+            f"its layers are of the type {', '.join(sorted(odd))}, on which no prefix tree is read;"
+            f" use a {PLAIN}"
+        )
+
+
 def compare(model, sequences: list[TokenSequence], max_length: int) -> None:
     """check_tree on these sequences."""
     forest = grow(sequences)
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    tolerance = SHARDED_TOLERANCE
+    tolerance = TOLERANCE if model.dtype == torch.float32 else SHARDED_TOLERANCE
     if not sharded:
         with in_fp32(model):
             exact = read_alone(model, sequences)
@@ -163,7 +177,7 @@ def small_window(text):
     window = getattr(text, "sliding_window", None)
     try:
         if window:
-            text.sliding_window = min(window, 6)
+            text.sliding_window = min(window, 4)
         yield
     finally:
         if window:

@@ -1,6 +1,7 @@
 """The flags of the scripts: one dataclass for each kind of script, and how a command line becomes
 one."""
 
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
@@ -246,7 +247,11 @@ def parse(kind):
     Raises DescError if a number is out of its flag's range."""
     description = sys.modules["__main__"].__doc__
     parser = Parser(kind, description=description, formatter_class=HelpFormatter)
-    config = kind(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    for name, value in given.items():
+        if isinstance(value, str) and value.startswith("~"):
+            given[name] = os.path.expanduser(value)  # the shell leaves --out=~/x as it is
+    config = kind(**given)
     for flagged in fields(config):
         low, high = flagged.metadata.get("range", (None, None))
         value = getattr(config, flagged.name)

@@ -14,12 +14,12 @@ from desc.tree import Forest, dense_mask
 
 
 def decoder_blocks(model) -> nn.ModuleList:
-    """The decoder's layers, whatever the architecture calls them: the outermost list of as many
-    modules as the configuration says.
+    """The decoder's layers, whatever the architecture calls them: the first list of as many modules
+    as the configuration says. Layers that read images lie outside the decoder.
 
     Raises DescError if there is no such list."""
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise DescError(f"its {count} layers were not found ({model.config.model_type})")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import regex  # Transformers brings it; unlike re it can give up a pattern that never ends
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -80,8 +81,14 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """All linear layers, with adapters or without, by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """All linear layers, with adapters or without, by module name. A subclass that computes
+    something else, such as Llama 4's router, is none."""
+    plain = (nn.Linear.forward, LoRALinear.forward)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward in plain
+    }
 
 
 def _attach(model, module_name: str, name: str, rank: int, alpha: float, dropout: float) -> Adapter:
@@ -113,10 +120,14 @@ def add_adapter(
     linears = [name for name, module in linear_layers(model).items() if module in inside]
     last_names = {module_name.rpartition(".")[2] for module_name in linears}
     missing = set(targets) - last_names
-    if missing or not linears:
+    if not linears:
         raise DescError(
-            f"no linear layer of the decoder is called {', '.join(sorted(missing)) or 'anything'};"
-            f" this model has {', '.join(sorted(last_names)) or 'none'}"
+            "this model's decoder has no linear layer (nn.Linear) that LoRA could adapt"
+        )
+    if missing:
+        raise DescError(
+            f"no linear layer of the decoder is called {', '.join(sorted(missing))}; this model has"
+            f" {', '.join(sorted(last_names))}"
         )
     model.requires_grad_(False)
     for module_name in linears:
@@ -269,8 +280,17 @@ def targeted(linears: dict[str, nn.Linear], targets: list[str] | str) -> set[str
     """The layers that PEFT's target_modules mean. A string is a regular expression for a module's
     whole name; a list holds ends of names."""
     ends = targets if isinstance(targets, list) else []
+    if targets == "all-linear":  # PEFT's word
+        return set(linears)
     rule = rf"(.*\.)?({'|'.join(map(re.escape, ends))})" if ends else targets
     try:
-        return {name for name in linears if re.fullmatch(rule, name)} if rule else set()
-    except re.error as error:
-        raise DescError(f"target_modules {targets!r} is no regular expression ({error})") from None
+        found = {name for name in linears if rule and regex.fullmatch(rule, name, timeout=1)}
+    except TimeoutError:
+        raise DescError(f"target_modules {rule[:60]!r} takes too long to match") from None
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise DescError(
+            f"target_modules {rule[:60]!r} is no regular expression ({error})"
+        ) from None
+    if rule and not found:
+        raise DescError(f"target_modules {rule[:60]!r} matches no linear layer of this model")
+    return found

@@ -13,7 +13,7 @@ from desc import DescError, attention
 from desc.exactness import check_tree
 from desc.forward import sequence_logps  # noqa: F401  public under this name, too
 from desc.storage import zoo
-from desc.storage.base import base_digest, locate
+from desc.storage.base import base_digest, locate, small_files
 from desc.templates import end_of_turn, pin_date
 
 
@@ -64,13 +64,16 @@ def load(
     (check_tree)."""
     dtype = dtype or native_dtype(device)
     folder = locate(name, weights=not empty)
-    if not empty:
-        base_digest(name)  # looks into all files, and refuses those that are not whole
     with one_line(f"model {name}: cannot be loaded"):
+        if empty:
+            small_files(folder)
+        else:
+            base_digest(name)  # looks into all files, too, and refuses those that are not whole
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise DescError(
-                "its weights are quantised, which is not read here; use the plain model"
+                "its weights are quantised; bases in 4 or 8 bits are not read, so use the model"
+                " that it was made from"
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     pin_date(tokenizer, date or Date.today().isoformat())
@@ -87,7 +90,8 @@ def load(
             raise DescError(
                 "its attention cannot be replaced, so no prefix tree runs on it"
             ) from None
-    ends = end_tokens(folder, config, end)
+    with one_line(f"model {name}: generation_config.json cannot be read"):
+        ends = end_tokens(folder, config, end)
     # A model's own sampling defaults (top_k, repetition penalty) must not leak into ours.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=end)
     model.name_or_path = name if name not in zoo.MADE_HERE else str(folder)
@@ -110,7 +114,8 @@ def one_line(what: str):
         raise DescError(f"{what}: {error}") from None
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:300] if lines else "no reason given"
+        many = len(lines) > 1 and lines[0].endswith(":")
+        reason = " ".join(lines[: 2 if many else 1])[:300] or "no reason given"
         if not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
         raise DescError(f"{what} ({reason})") from None
@@ -158,9 +163,8 @@ def check_vocabulary(config, tokenizer) -> None:
 def end_tokens(folder: Path, config, end: int) -> list[int]:
     """The tokens that end a reply: `end`, with which the chat template ends one, and then those of
     the model's own generation config."""
-    try:
-        own = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:  # it has none
-        own = config.get_text_config().eos_token_id
-    own = own if isinstance(own, (list, tuple)) else [own]
-    return list(dict.fromkeys([end, *(token for token in own if token is not None)]))
+    own = config.get_text_config()
+    if (folder / "generation_config.json").exists():
+        own = GenerationConfig.from_pretrained(folder)
+    ends = own.eos_token_id if isinstance(own.eos_token_id, (list, tuple)) else [own.eos_token_id]
+    return list(dict.fromkeys([end, *(token for token in ends if isinstance(token, int))]))

@@ -15,8 +15,8 @@ from jinja2 import TemplateError
 from desc import DescError
 from desc.prompts import Messages
 
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYZ"  # of strftime
+# What a template may write that steers a model even if it is no token: "[INST]", "</think>".
+WRITTEN_MARK = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
 # The words of the conversations on which a template is tried out.
 SYSTEM, QUESTION, ANSWER, REPLY = "descsystem", "descquestion", "descanswer", "descreply"
 
@@ -29,6 +29,7 @@ class Form:
 
     folds_system: bool  # it knows no system message, so that text opens the first user message
     header: str  # of an answer, if the template has no generation prompt; part of our prompt
+    opening: str  # all that our prompt has after the latest message, the header too
     lead: str  # blanks that the model writes before its answer
     trail: str  # blanks that it writes after its answer
     strips: bool  # blanks around what the answer itself says are dropped
@@ -48,13 +49,11 @@ def without_clock(template: str, day: str) -> str:
     if "strftime_now" not in template:
         return template
     today = date.fromisoformat(day)
-    replacements = "".join(
-        f" | replace('%{flag}{letter}', '{today.strftime(f'%{flag}{letter}')}')"
-        for letter in DIRECTIVES
-        for flag in ("-", "")
-    )
-    macro = f"{{{{ format{replacements} }}}}"
-    return f"{{%- macro strftime_now(format) %}}{macro}{{% endmacro %}}" + template
+    # strftime's directives; "{%-if" is none. "%%" comes last.
+    directives = sorted(set(re.findall(r"(?<!\{)%[-_^#]?[A-Za-z%]", template)), reverse=True)
+    said = "".join(f" | replace({each!r}, {today.strftime(each)!r})" for each in directives)
+    # the line break is dropped, as after any block, so that the template still begins a line
+    return f"{{% macro strftime_now(format) %}}{{{{ format{said} }}}}{{% endmacro %}}\n{template}"
 
 
 def template_of(tokenizer) -> str:
@@ -102,7 +101,10 @@ def render_as_is(tokenizer, messages: Messages, generate: bool) -> str:
     except Exception as error:  # a template may fail as any program may
         reason = f"{type(error).__name__}: {error}"
     reason = reason.strip().partition("\n")[0]
-    raise DescError(f"the model's chat template cannot render these messages ({reason})")
+    raise DescError(
+        f"the model's chat template cannot render these messages ({reason}); use another model, or"
+        " other messages"
+    )
 
 
 def render(tokenizer, messages: Messages) -> str:
@@ -115,8 +117,8 @@ def render(tokenizer, messages: Messages) -> str:
     for message in messages:
         if message["content"].strip() not in text:
             raise DescError(
-                f"the model's chat template leaves out, or changes, what a {message['role']}"
-                f" message says ({message['content'].strip()[:60]!r}); use another model"
+                f"the model's chat template leaves out, or changes, what the {message['role']}"
+                f" says ({message['content'].strip()[:60]!r}); use another model"
             )
     return text
 
@@ -162,21 +164,23 @@ def try_out(tokenizer, messages: Messages, folds_system: bool) -> Form:
     left_out = [m["role"] for m in messages if m["content"] not in prompt]
     if left_out:
         raise DescError(
-            f"the model's chat template leaves out what a {left_out[0]} message says; use another"
-            " model"
+            f"the model's chat template leaves out what the {left_out[0]} says; use another model"
         )
     whole = answer(tokenizer, shown, REPLY)
     before, found, after = whole.rpartition(REPLY)
     if not found:
-        raise DescError("the model's chat template leaves out what the assistant says")
+        raise DescError(
+            "the model's chat template leaves out what the assistant says; use another model"
+        )
     spaced = f"\n {REPLY} \n"
     strips = answer(tokenizer, shown, spaced) != before + spaced + after
     header, lead = "", before.removeprefix(prompt)
+    opening, rendered = (text.rpartition(messages[-1]["content"])[2] for text in (prompt, before))
     if not before.startswith(prompt):
         raise DescError(
             "the model's chat template asks for an answer in another way than it renders one"
-            f" ({prompt[-40:]!r} against {before[-40:]!r}), as models do that must think first; use"
-            " an instruct model"
+            f" ({opening[-40:]!r} against {rendered[-40:]!r}), as models do that must think first;"
+            " use an instruct model"
         )
     if lead.strip():
         if prompt != render_as_is(tokenizer, shown, generate=False):
@@ -186,7 +190,7 @@ def try_out(tokenizer, messages: Messages, folds_system: bool) -> Form:
             )
         header, lead = lead, ""
     end, trail = split_ending(tokenizer, after)
-    return Form(folds_system, header, lead, trail, strips, end)
+    return Form(folds_system, header, opening + header, lead, trail, strips, end)
 
 
 def answer(tokenizer, messages: Messages, text: str) -> str:
@@ -206,7 +210,7 @@ def split_ending(tokenizer, after: str) -> tuple[int, str]:
     if not ends:
         raise DescError(
             "the model's chat template ends an assistant's message with no special token; use an"
-            " instruct model"
+            " instruct model whose template does"
         )
     trail = after.partition(control[ends[0]])[0]
     if trail.strip():
@@ -225,33 +229,48 @@ def end_of_turn(tokenizer) -> int:
 
 
 def control_tokens(tokenizer) -> dict[int, str]:
-    """{id: text} of the tokens that steer the model instead of saying something."""
-    template = template_of(tokenizer)
-    return _control_tokens(tokenizer, template, len(tokenizer))
+    """{id: text} of the tokens that steer the model instead of saying something.
+
+    They are looked up once, so a tokenizer is given its tokens before."""
+    return _control_tokens(tokenizer, template_of(tokenizer))
 
 
 @lru_cache
-def _control_tokens(tokenizer, template: str, size: int) -> dict[int, str]:
-    """control_tokens; `size` tells apart what tokens the same tokenizer may have been given since.
+def _control_tokens(tokenizer, template: str) -> dict[int, str]:
+    """control_tokens; `template` as for _form_of.
 
-    A token steers if it has a role by name (eos_token), if it looks like a mark ("<|user|>"), or if
-    the template writes it ("[INST]"). Words that people add ("Others", "[Question]") do not."""
-    named = {getattr(tokenizer, name, None) for name in NAMED}
+    A token steers if it begins or ends a text (eos_token), if it looks like a mark ("<|user|>", or
+    "[TOOL_CALLS]" if it is special), or if the template writes it and it begins and ends as no word
+    does ("[gMASK]"). Words that people add ("Others", "[Question]") do not."""
     control = {}
     for token, added in tokenizer.added_tokens_decoder.items():
         text = str(added)
-        is_mark = re.fullmatch(r"<.+>", text.strip())
-        is_written = text in template and not re.fullmatch(r"[\w\s]*", text)
-        if text in named or is_mark or is_written:
+        mark = text.strip()
+        steers = (
+            text in (tokenizer.bos_token, tokenizer.eos_token)
+            or re.fullmatch(r"<.+>", mark)
+            or (added.special and re.fullmatch(r"\[/?[A-Z_]+\]", mark))
+            or (mark in template and re.fullmatch(r"[^\w\s].*\w.*[^\w\s]", mark))
+        )
+        if steers:
             control[token] = text
     return control
 
 
 def defuse(tokenizer, text: str) -> str:
-    """The text with every control token in it broken by a blank. Utterances are data: "<|im_end|>"
-    typed by a seeker must not end a turn."""
-    marks = {mark for mark in control_tokens(tokenizer).values() if len(mark.strip()) > 1}
-    while present := [mark for mark in marks if mark in text]:
-        mark = max(present, key=len)
-        text = text.replace(mark, mark[0] + " " + mark[1:])
+    """The text with every mark in it broken by a blank: the control tokens, and what else the
+    template writes as a mark. Utterances are data: "<|im_end|>" typed by a seeker must not end a
+    turn."""
+    marks = _marks(tokenizer, template_of(tokenizer))
+    while marks.search(text):
+        text = marks.sub(lambda mark: mark[0][0] + " " + mark[0][1:], text)
     return text
+
+
+@lru_cache
+def _marks(tokenizer, template: str) -> re.Pattern:
+    """What defuse breaks, the longest first. Blanks around a mark are no part of it."""
+    control = _control_tokens(tokenizer, template).values()
+    marks = {mark.strip() for mark in control} | set(re.findall(WRITTEN_MARK, template))
+    longest_first = sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

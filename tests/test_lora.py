@@ -203,7 +203,7 @@ def test_dropout_follows_the_model(model):
 
 def test_unknown_targets_are_refused(model):
     with pytest.raises(
-        DescError, match="no linear layer is called c_attn; this model has .*q_proj"
+        DescError, match="no linear layer of the decoder is called c_attn; this model has .*q_proj"
     ):
         add_adapter(model, "sft", targets=("q_proj", "c_attn"))
     assert not lora_layers(model)

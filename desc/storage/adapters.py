@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from desc import DescError
-from desc.storage.files import write_bytes, write_json
+from desc.storage.files import parse, read_text, write_bytes, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
@@ -62,6 +62,8 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if kind != "LORA":
         raise DescError(f"{folder}: {CONFIG} describes no LoRA adapter ({kind})")
     wrong = [name for name, kind in REQUIRED.items() if not isinstance(settings.get(name), kind)]
+    if not wrong and not all(isinstance(name, str) for name in settings["target_modules"]):
+        wrong = ["target_modules"]
     if wrong:
         raise DescError(f"{folder}: {CONFIG} has no valid {', '.join(map(repr, wrong))}")
     if settings.get("init_lora_weights", True) not in PLAIN_INITS:
@@ -75,7 +77,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             f"{folder}: uses {', '.join(extended)}, which desc's plain LoRA does not compute"
         )
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise DescError(f"{folder}: {name} holds values that are no finite numbers")
     return settings, tensors
 
@@ -88,15 +90,27 @@ def is_plain(settings: dict, name: str) -> bool:
 
 def base_name(folder: Path) -> str:
     """What an adapter's configuration calls its base model; "" if it does not say."""
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return str(settings.get("base_model_name_or_path") or "")
+    settings = parse(read_text(folder / CONFIG), f"{folder / CONFIG}:")
+    name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    return str(name or "")
 
 
 def has_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).exists()
+    """Whether there is an adapter. Raises DescError if there is half of one."""
+    there = [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
+    if len(there) == 1:
+        raise DescError(
+            f"{folder}: holds half an adapter, {there[0]} alone; train it again, or bring the other"
+            " file back"
+        )
+    return bool(there)
 
 
 def adapter_digest(folder: Path) -> str:
-    """A hash of an adapter's weights, to tell one from another; "" if there is none."""
-    path = folder / WEIGHTS
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    """A hash of an adapter's two files, to tell one from another; "" if there is none.
+
+    Raises DescError if there is half of one."""
+    if not has_adapter(folder):
+        return ""
+    files = [(folder / name).read_bytes() for name in (WEIGHTS, CONFIG)]
+    return hashlib.sha256(b"".join(files)).hexdigest()

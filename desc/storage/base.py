@@ -44,16 +44,37 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises DescError if there are none, or one is missing."""
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():  # which Transformers prefers, too
+    if (folder / "model.safetensors").is_file():  # which Transformers prefers, too
         return [folder / "model.safetensors"]
     if not index.exists():
         raise DescError(f"{folder} holds no model.safetensors; only safetensors are read")
     refuse_pointer(index)
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        names = []
+    if not names:
+        raise DescError(f"{index} names no weights, or is cut off; fetch it again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DescError(f"{folder} lacks {missing[0]}, which its index names; fetch it again")
     return [folder / name for name in names]
+
+
+def small_files(folder: Path) -> list[Path]:
+    """The files of a model beside its weights, of which each is what it should be.
+
+    Raises DescError if one is only a pointer, or if the folder is an adapter's: Transformers would
+    load the adapter with the model, without a word."""
+    if (folder / "adapter_config.json").exists():
+        raise DescError(
+            f"{folder} holds an adapter (adapter_config.json); give its base model, or merge them"
+        )
+    files = [path for path in sorted(folder.iterdir()) if any(map(path.match, READ))]
+    files = [path for path in files if path.is_file()]
+    for path in files:
+        refuse_pointer(path)
+    return files
 
 
 def refuse_pointer(path: Path) -> None:
@@ -88,13 +109,12 @@ def base_digest(name: str) -> str:
     of its weights' headers and samples of each tensor.
 
     So the same model has the same digest on every machine, and another one in the same folder has
-    another. Raises DescError if a file is cut off or was not fetched."""
+    another. Raises DescError if a file is cut off or was not fetched, or if the folder holds an
+    adapter."""
     folder = locate(name)
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and any(map(path.match, READ)):
-            refuse_pointer(path)
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in small_files(folder):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for path in weight_files(folder):
         header, entries = read_header(path)
         digest.update(header)

@@ -26,8 +26,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # such as a full disk, or a folder of that name: all stays as it was
+    except OSError as error:  # such as a full disk, or a folder of that name: all stays as it was
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # which a failed write does not name
         raise
     if os.name == "posix":  # Windows opens no folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -44,16 +45,21 @@ def claim_folder(folder: Path) -> None:
     if os.name != "posix":
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(folder.parent / f".{folder.name}.lock", "a+", encoding="utf-8")
+    lock = open(
+        folder.parent / f".{folder.name}.lock", "a+", encoding="utf-8", errors="backslashreplace"
+    )
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
+        holder = lock.read().strip() or "just begun"
+        lock.close()
         raise DescError(
-            f"{folder}: another run writes there ({lock.read().strip() or 'just begun'}); wait for"
-            " its end, or give another --out"
+            f"{folder}: another run writes there ({holder}); wait for its end, or give another"
+            " --out"
         ) from None
     except OSError:  # this file system has no locks
+        lock.close()
         return
     held_locks.append(lock)
     lock.truncate(0)
@@ -63,22 +69,33 @@ def claim_folder(folder: Path) -> None:
         half_written.unlink()
 
 
+def encode_text(text: str) -> bytes:
+    """The text in UTF-8. A path may hold bytes that are not UTF-8, which Python reads as halves of
+    surrogate pairs; these are escaped, as JSON can."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_json(path: Path, value) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, encode_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
     """One JSON line per record."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_bytes(path, "".join(lines).encode())
+    write_bytes(path, encode_text("".join(lines)))
 
 
 def append_line(path: Path, record: dict) -> None:
     """Append one JSON line, which is whole on disk before this returns."""
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    line = encode_text(json.dumps(record, ensure_ascii=False) + "\n")
+    try:
+        with open(path, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def drop_torn_line(path: Path) -> None:
@@ -111,8 +128,13 @@ def parse(text: str, where: str):
 def read_lines(path: str | Path) -> list:
     """The values of JSON lines; blank lines are left out. Raises DescError naming the line that is
     no JSON."""
+    return parse_lines(read_text(path), path)
+
+
+def parse_lines(text: str, path: str | Path) -> list:
+    """The values of the JSON lines in a text that was read from `path`; see read_lines."""
     # not splitlines(): JSON may hold U+2028 and U+0085 as they are
-    lines = read_text(path).split("\n")
+    lines = text.split("\n")
     return [
         parse(line, f"{path}: line {number}")
         for number, line in enumerate(lines, 1)
@@ -126,7 +148,7 @@ def read_records(path: str | Path) -> list:
     text = read_text(path)
     first = text.strip().partition("\n")[0].rstrip()
     if first.startswith("{") and first.endswith("}"):
-        return read_lines(path)
+        return parse_lines(text, path)  # read once, because it may be a pipe
     whole = parse(text, f"{path}:")
     if not isinstance(whole, (list, dict)):
         raise DescError(f"{path}: should hold a list or an object, not {text.strip()[:60]}")

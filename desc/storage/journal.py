@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from desc.storage.checkpoint import refuse_differing
-from desc.storage.files import append_line, drop_torn_line, read_lines, write_lines
+from desc.storage.files import append_line, drop_torn_line, encode_text, read_lines, write_lines
 
 
 def work_key(*parts) -> str:
     """A stable hash that identifies one unit of work, so that its record is found again."""
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256(encode_text("\n".join(map(str, parts)))).hexdigest()[:16]
 
 
 def journal_settings(folder: Path, name: str, wanted: dict) -> dict:
