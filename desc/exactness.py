@@ -15,14 +15,14 @@ from desc.forward import decoder_blocks, forward
 from desc.tree import Forest, dense_mask, grow
 
 # How far apart two computations of the same log-probabilities may be, as a share of their spread
-# over the vocabulary. Measured on tiny models of 40 architectures: in fp32 the exact ones differ by
-# at most 5e-6, and the others by at least 3e-3.
+# over the vocabulary. Measured on tiny models of 26 architectures with 36 draws of weights each: in
+# fp32 the exact ones differ by at most 6e-6, and the others by at least 2e-4.
 TOLERANCE = 1e-4
-# In bf16 the stock attention differs from its own fp32 by 0.004 to 0.04, and the tree from the
-# stock attention by at most 2.3 times as much (mixtures of experts, whose routing may flip).
+# In bf16 the stock attention differs from its own fp32 by 0.003 to 0.11, and the tree from the
+# stock attention by at most 2.7 times as much, and by at most 0.06.
 NOISE_RATIO = 4
+SHARDED_TOLERANCE = 0.1  # of a sharded model in bf16, whose fp32 is not at hand
 PLAIN = "decoder with plain attention, such as Llama or Qwen"
-SHARDED_TOLERANCE = 0.15  # of a sharded model in bf16, whose fp32 is not at hand
 
 
 def check_tree(model, max_length: int) -> None:
@@ -39,9 +39,9 @@ def check_tree(model, max_length: int) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randperm(text.vocab_size, generator=generator)[:24].tolist()
     sequences = [
-        TokenSequence(tokens[:10], tokens[10:16]),
-        TokenSequence(tokens[:10], tokens[16:18]),
-        TokenSequence(tokens[:7] + tokens[18:20], tokens[20:24]),
+        TokenSequence(tokens[:10], tokens[10:14]),
+        TokenSequence(tokens[:10], tokens[14:17]),
+        TokenSequence(tokens[:7] + tokens[17:20], tokens[20:24]),
     ]
     with torch.no_grad(), small_window(text):
         try:
@@ -73,20 +73,18 @@ def compare(model, sequences: list[TokenSequence], max_length: int) -> None:
     """check_tree on these sequences."""
     forest = grow(sequences)
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    tolerance = TOLERANCE if model.dtype == torch.float32 else SHARDED_TOLERANCE
-    if not sharded:
+    tolerance, exact = TOLERANCE, None
+    if model.dtype != torch.float32 and sharded:
+        tolerance = SHARDED_TOLERANCE
+    elif model.dtype != torch.float32:
         with in_fp32(model):
             exact = read_alone(model, sequences)
-            refuse_inexact(read_tree(model, forest), exact, forest.owner, TOLERANCE)
-            refuse_dependent(model, forest, exact, max_length, TOLERANCE)
-        if model.dtype == torch.float32:
-            return
-    alone = read_alone(model, sequences)
-    if not sharded:
-        tolerance = max(TOLERANCE, NOISE_RATIO * difference(alone, exact, forest.owner))
-    refuse_inexact(read_tree(model, forest), alone, forest.owner, tolerance)
-    if sharded:
-        refuse_dependent(model, forest, alone, max_length, tolerance)
+            refuse_inexact(read_tree(model, forest), exact, TOLERANCE)
+    alone, tree = read_alone(model, sequences), read_tree(model, forest)
+    if exact is not None:
+        tolerance = max(TOLERANCE, NOISE_RATIO * difference(alone, exact))
+    refuse_inexact(tree, alone, tolerance)
+    refuse_dependent(model, forest, tree, max_length)
 
 
 def read_alone(model, sequences: list[TokenSequence]) -> torch.Tensor:
@@ -117,18 +115,18 @@ def read_tree(model, forest: Forest) -> torch.Tensor:
     return forward(model, ids, depth, mask, rows).float().log_softmax(-1)
 
 
-def difference(a: torch.Tensor, b: torch.Tensor, owner: torch.Tensor) -> float:
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """How far log-probabilities a (M, V) are from b (M, V), as a share of b's spread over the
-    vocabulary: the mean over the rows of a sequence, of the sequence for which it is largest."""
+    vocabulary: the median over the rows, because in a mixture of experts rounding may send a token
+    to another expert, which changes the rest of its branch."""
     spread = (b - b.mean(-1, keepdim=True)).norm(dim=-1)
-    shares = ((a - b).norm(dim=-1) / spread).cpu()
-    means = [float(shares[owner == sequence].mean()) for sequence in owner.unique()]
-    return max(means) if all(map(math.isfinite, means)) else math.inf
+    shares = (a - b).norm(dim=-1) / spread
+    return float(shares.median()) if shares.isfinite().all() else math.inf
 
 
-def refuse_inexact(a: torch.Tensor, b: torch.Tensor, owner: torch.Tensor, tolerance: float) -> None:
+def refuse_inexact(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
     """Raises DescError if what the tree says (M, V) is not what sequences say of their own."""
-    share = difference(a, b, owner)
+    share = difference(a, b)
     if share > tolerance:
         raise DescError(
             f"a prefix tree is not exact on its layers (log-probabilities differ by {share:.2g} of"
@@ -136,23 +134,19 @@ def refuse_inexact(a: torch.Tensor, b: torch.Tensor, owner: torch.Tensor, tolera
         )
 
 
-def refuse_dependent(
-    model, forest: Forest, alone: torch.Tensor, max_length: int, tolerance: float
-) -> None:
-    """Raises DescError if one branch at the last positions before `max_length` changes the others,
-    or if the model has no such positions."""
+def refuse_dependent(model, forest: Forest, tree: torch.Tensor, max_length: int) -> None:
+    """Raises DescError if one branch at the last positions before `max_length` changes what the
+    `tree` (M, V) says of the others, or if the model has no such positions."""
     moved = forest.rows[forest.owner == 0][1:]  # what sequence 0 shares with no other
     depth = forest.depth.clone()
     depth[moved] += max(0, max_length - 1 - int(depth[moved[-1]]))
-    text = model.config.get_text_config()
-    limit = positions_of(text)
+    limit = positions_of(model.config.get_text_config())
     try:
         far = read_tree(model, replace(forest, depth=depth))
     except IndexError:
         raise DescError(f"it reads at most {limit} tokens; lower max_length to that") from None
     others = forest.owner > 0
-    share = difference(far[others], alone[others], forest.owner[others])
-    if share > tolerance:
+    if difference(far[others], tree[others]) > TOLERANCE:  # in bf16, too, most rows are the same
         raise DescError(
             "its positions depend on the longest sequence in a tree if that has more than"
             f" {limit} tokens (RoPE that is scaled by length); lower max_length to {limit}"

@@ -5,6 +5,7 @@ import io
 import json
 import random
 from math import nan
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from desc.esconv import Dialogue, Turn
 from desc.judging.agreement import (
     agreement_report,
     correlate_ratings,
+    measure_agreement,
     read_review,
-    refuse_labelled,
+    refuse_edited,
     write_ratings,
     write_review,
 )
@@ -103,17 +105,27 @@ def test_an_unreadable_judgement_agrees_with_nothing():
 # --- reviews --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def review(tmp_path):
-    """The path of a review with four judged answers, from two dialogues."""
-    dialogues = [talk("0", "=1+1", 'a "quoted"\nline', "ä"), talk("1", "x")]
+SEEKERS = {"0": ("=1+1", 'a "quoted"\nline;\ttab', "ä"), "1": ("x", "3.0")}
+# People's labels by number; the annotator's are all "none".
+LABELLED = {str(number): label for number, label in enumerate(LABELS[:5], 1)}
+
+
+def judged_answers(annotated="none", mark="-"):
+    """Five judged answers of two dialogues, and one that is not judged."""
+    dialogues = [talk(name, *texts) for name, texts in SEEKERS.items()]
     answers = [(dialogues[0], Answer(0, "Others", "unjudged"))]
     for dialogue in dialogues:
         for turn in range(len(dialogue)):
-            judgement = Annotation("none", 0.5, "Fits.")
-            answer = Answer(turn, "Others", f"-{dialogue.id}{turn}", judgement)
+            judgement = Annotation(annotated, 0.5, "Fits.")
+            answer = Answer(turn, "Others", f"{mark}{dialogue.id}{turn}", judgement)
             answers.append((dialogue, answer))
-    write_review(tmp_path / "review.csv", answers, 10, seed=0)
+    return answers
+
+
+@pytest.fixture
+def review(tmp_path):
+    """The path of a review with five judged answers, from two dialogues."""
+    write_review(tmp_path / "review.csv", judged_answers(), 10, seed=0)
     return tmp_path / "review.csv"
 
 
@@ -122,59 +134,313 @@ def label_review(path, *labels):
     write_csv(path, [line | {"label": label} for line, label in zip(read_csv(path), labels)])
 
 
+def change_key(path, change):
+    """Let `change` work on the list of rows in the key of `path`."""
+    place = path.with_suffix(".key.json")
+    key = json.loads(place.read_text(encoding="utf-8"))
+    change(key["rows"])
+    place.write_text(json.dumps(key), encoding="utf-8")
+
+
 def test_a_review_shows_people_the_context_and_not_what_the_annotator_says(review):
     data = review.read_bytes()
     assert data.startswith(b"\xef\xbb\xbf") and b"none" not in data and b"Fits." not in data
     lines = read_csv(review)
     assert any('a "quoted"\nline' in line["context"] for line in lines)
     # The quotation mark keeps a spreadsheet from computing a formula.
-    assert sorted(line["reply"] for line in lines) == ["'-00", "'-01", "'-02", "'-10"]
+    assert sorted(line["reply"] for line in lines) == ["'-00", "'-01", "'-02", "'-10", "'-11"]
 
 
 def test_a_review_comes_back_as_people_labelled_it(review):
     with pytest.raises(DescError, match="no row has a label yet"):
         read_review(review)
-    label_review(review, "none", " Template response ", "", "none")
+    label_review(review, "none", " Template  response ", "", "none", " ")
     people, annotator, dialogues = read_review(review)
     assert people == ["none", "template response", "none"] and annotator == ["none"] * 3
-    labelled = [line for line in read_csv(review) if line["number"] != "3"]
+    labelled = [line for line in read_csv(review) if line["number"] not in ("3", "5")]
     assert dialogues == [line["reply"][2] for line in labelled]
 
 
-def test_a_review_with_a_wrong_label_or_number_is_refused(review):
-    label_review(review, "none", "rude", "", "")
-    with pytest.raises(DescError, match="number 2 is labelled 'rude'"):
+def as_csv(rows, encoding="utf-8", **options):
+    """A table as bytes, as a program with other habits would save it."""
+    text = io.StringIO()
+    csv.writer(text, **options).writerows(rows)
+    return text.getvalue().encode(encoding)
+
+
+def name_columns(rows, *names):
+    return as_csv([names, *rows[1:]])
+
+
+# What programs and people do to a filled-in review, from which it is still read exactly. `rows` are
+# lists of cells: the head, and the five rows with number, context, strategy, reply and label.
+HARMLESS = {
+    "as filled in": lambda rows: as_csv(rows),
+    "with a mark": lambda rows: as_csv(rows, "utf-8-sig"),
+    "other case": lambda rows: name_columns(
+        rows, "NUMBER", "Context", "strategy", "Reply", "LABEL"
+    ),
+    "blanks around": lambda rows: name_columns(
+        rows, "number ", "context", " strategy", "reply", "\tlabel "
+    ),
+    "other order": lambda rows: as_csv([row[::-1] for row in rows]),
+    "semicolons": lambda rows: as_csv(rows, delimiter=";"),
+    "tabs": lambda rows: as_csv(rows, delimiter="\t"),
+    "Excel's preamble": lambda rows: b"\xef\xbb\xbfsep=;\r\n" + as_csv(rows, delimiter=";"),
+    "preamble with a tab": lambda rows: b'"SEP=\t"\n' + as_csv(rows, delimiter="\t"),
+    "Excel's Unicode text": lambda rows: as_csv(rows, "utf-16", delimiter="\t"),
+    "UTF-16, big end first": lambda rows: b"\xfe\xff" + as_csv(rows, "utf-16-be"),
+    "all quoted": lambda rows: as_csv(rows, quoting=csv.QUOTE_ALL),
+    "LF": lambda rows: as_csv(rows, lineterminator="\n"),
+    "CRLF in cells, too": lambda rows: as_csv(rows, lineterminator="\n").replace(b"\n", b"\r\n"),
+    "blank rows": lambda rows: as_csv([[], [""] * 5, *rows[:3], [" "] * 5, *rows[3:], [], []]),
+    "sorted by the reply": lambda rows: as_csv(
+        [rows[0], *sorted(rows[1:], key=lambda row: row[3])]
+    ),
+    "upside down": lambda rows: as_csv([rows[0], *rows[:0:-1]]),
+    "a column more": lambda rows: as_csv([[f"note {i}", *row] for i, row in enumerate(rows)]),
+    "pandas' index": lambda rows: as_csv(
+        [["" if i == 0 else i, *row] for i, row in enumerate(rows)]
+    ),
+    "empty cells at the end": lambda rows: as_csv([row + ["", ""] for row in rows]),
+    "labels in capitals": lambda rows: as_csv(
+        [rows[0], *([*r[:4], r[4].upper()] for r in rows[1:])]
+    ),
+    "blanks around labels": lambda rows: as_csv(
+        [rows[0], *([*r[:4], f" {r[4]} "] for r in rows[1:])]
+    ),
+    "no marks before formulas": lambda rows: as_csv(
+        [[cell.removeprefix("'") for cell in row] for row in rows]
+    ),
+    "decimal numbers": lambda rows: as_csv(
+        [rows[0], *([f"{row[0]}.0", *row[1:]] for row in rows[1:])]
+    ),
+}
+
+
+def change_cell(rows, row, column, cell):
+    rows = [list(line) for line in rows]
+    rows[row][column] = cell
+    return as_csv(rows)
+
+
+# What cannot be told, or is not what was written; and what the refusal says after the file's name.
+HARMFUL = {
+    "label renamed": (
+        lambda rows: name_columns(rows, "number", "context", "strategy", "reply", "my label"),
+        "column 'label' is missing; its head should have it",
+    ),
+    "label human": (
+        lambda rows: name_columns(rows, "number", "context", "strategy", "reply", "label human"),
+        "column 'label' is missing; its head should have it",
+    ),
+    "two labels": (
+        lambda rows: as_csv([[*row, cell] for row, cell in zip(rows, ["Label ", *"abcde"])]),
+        "column 'label' stands twice; keep one of them",
+    ),
+    "no context": (
+        lambda rows: as_csv([[row[0], *row[2:]] for row in rows]),
+        "column 'context' is missing; its head should have it",
+    ),
+    "no head": (
+        lambda rows: as_csv(rows[1:]),
+        "column 'number' is missing; its head should have it",
+    ),
+    "nothing": (lambda rows: b"", "column 'number' is missing; its head should have it"),
+    "bars": (
+        lambda rows: as_csv(rows, delimiter="|"),
+        "column 'number' is missing; its head should have it",
+    ),
+    "a row more": (
+        lambda rows: as_csv([*rows, ["6", "seeker: Hi", "Others", "Hm.", "none"]]),
+        "row 6: number 6 is not in {key}",
+    ),
+    "a row twice": (lambda rows: as_csv([*rows, rows[2]]), "row 6: number 2 stands twice"),
+    "a number twice": (lambda rows: change_cell(rows, 2, 0, "1"), "row 2: number 1 stands twice"),
+    "no number": (lambda rows: change_cell(rows, 2, 0, ""), "row 2: number  is not in {key}"),
+    "a reply edited": (
+        lambda rows: change_cell(rows, 3, 3, "I see."),
+        "row 3: 'reply' is not as review.key.json has it for number 3: the cell was changed, or"
+        " this is another file's key",
+    ),
+    "a strategy edited": (
+        lambda rows: change_cell(rows, 3, 2, "Question"),
+        "row 3: 'strategy' is not as review.key.json has it for number 3: the cell was changed, or"
+        " this is another file's key",
+    ),
+    "one column sorted alone": (
+        lambda rows: as_csv([[a[0], *b[1:]] for a, b in zip(rows, [rows[0], *rows[:0:-1]])]),
+        "row 1: 'context' is not as review.key.json has it for number 1: the cell was changed, or"
+        " this is another file's key",
+    ),
+    "a label in the next column": (
+        lambda rows: as_csv([*rows[:2], [*rows[2][:4], "", "none"], *rows[3:]]),
+        "row 2 has more cells than the head has columns",
+    ),
+    "a wrong label": (
+        lambda rows: change_cell(rows, 2, 4, "Rude"),
+        "row 2: number 2 is labelled 'rude'; labels are strategy mismatch, lack of empathy, early"
+        " emotion shift, template response, emotion misread, none",
+    ),
+    "Latin 1": (
+        lambda rows: as_csv(rows, "latin-1"),
+        "is no CSV in UTF-8 (byte {byte}); save it as that",
+    ),
+    "a workbook": (lambda rows: b"PK\xff\x00", "is no CSV in UTF-8 (byte 2); save it as that"),
+    "cut off": (
+        lambda rows: as_csv(rows, quoting=csv.QUOTE_ALL)[:-9],
+        "line {line} is no line of a CSV (unexpected end of data)",
+    ),
+}
+
+
+def fill_in(path, labels=LABELLED):
+    """The rows of a review with people's labels: lists of cells, in the order of the file."""
+    head, *rows = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+    return [head, *([*row[:4], labels.get(row[0], "")] for row in rows)]
+
+
+def expect_no_replacement(path):
+    """What people may have worked on is refused early and late, and stays with its key."""
+    key = path.with_suffix(".key.json")
+    before = path.read_bytes(), key.read_bytes()
+    for write in (
+        lambda: refuse_edited(path),
+        lambda: write_review(path, judged_answers(), 10, seed=0),
+        lambda: write_ratings(path, [], {}),
+    ):
+        with pytest.raises(DescError) as error:
+            write()
+        assert str(error.value) == (
+            f"{path} would be replaced, but it may hold what people wrote, because {key.name} does"
+            f" not prove that it is as it was written: move it and {key.name} away, or give"
+            " another --out"
+        )
+    assert before == (path.read_bytes(), key.read_bytes())
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
+def test_a_review_that_is_saved_anew_is_never_replaced_and_read_back_exactly(review, change):
+    rows = fill_in(review)
+    review.write_bytes(change(rows))
+    expect_no_replacement(review)
+    people, annotator, dialogues = read_review(review)
+    assert people == list(LABELLED.values()) and annotator == ["none"] * 5
+    assert dialogues == [row[3].lstrip("'-")[0] for row in rows[1:]]
+
+
+@pytest.mark.parametrize("change, problem", HARMFUL.values(), ids=HARMFUL.keys())
+def test_a_review_that_cannot_be_told_is_never_replaced_and_refused_by_name(
+    review, change, problem
+):
+    data = change(fill_in(review))
+    review.write_bytes(data)
+    expect_no_replacement(review)
+    with pytest.raises(DescError) as error:
         read_review(review)
-    lines = read_csv(review)
-    lines[0]["number"] = "77"
-    write_csv(review, lines)
-    with pytest.raises(DescError, match="number 77 is not in .*review.key.csv"):
+    problem = problem.format(
+        key=review.with_suffix(".key.json"), byte=data.find(b"\xe4"), line=data.count(b"\n") + 1
+    )
+    assert str(error.value) == f"{review}: {problem}"
+
+
+@pytest.mark.parametrize("labels", [{"2": "none"}, {"5": "none", "1": "emotion misread"}])
+def test_a_review_half_filled_in_or_with_rows_deleted_gives_the_labels_it_has(review, labels):
+    rows = fill_in(review, labels)
+    expected = [labels[number] for number in sorted(labels)]
+    review.write_bytes(as_csv(rows))
+    expect_no_replacement(review)
+    assert read_review(review)[0] == expected
+    review.write_bytes(as_csv([row for row in rows if row[4]]))  # the head has a last cell, too
+    expect_no_replacement(review)
+    assert read_review(review)[0] == expected
+
+
+def test_a_review_that_is_as_it_was_written_is_replaced(review):
+    """Also by another one, and by another one when a kill came between the key and the review."""
+    refuse_edited(review.with_name("absent.csv"))
+    first = review.read_bytes()
+    key = review.with_suffix(".key.json")
+    key_of_first = key.read_bytes()
+    write_review(review, judged_answers(), 10, seed=0)
+    assert (first, key_of_first) == (review.read_bytes(), key.read_bytes())
+    write_review(review, judged_answers(), 3, seed=0)
+    second = review.read_bytes()
+    assert len(read_csv(review)) == 3
+    review.write_bytes(first)  # the key is the second's already
+    refuse_edited(review)
+    write_review(review, judged_answers(), 3, seed=0)
+    assert review.read_bytes() == second
+    review.unlink()  # as if killed before the first review was written
+    write_review(review, judged_answers(), 3, seed=0)
+    assert review.read_bytes() == second
+    assert sorted(path.name for path in review.parent.iterdir()) == [review.name, key.name][::-1]
+
+
+@pytest.mark.parametrize("data", [None, b"", b"{", b"[]", b'{"rows": []}', b'{"rows": [1]}'])
+def test_without_a_key_that_proves_it_nothing_is_replaced(review, data):
+    """Such as a review of an older version, whose key was a CSV."""
+    key = review.with_suffix(".key.json")
+    key.unlink()
+    if data is not None:
+        key.write_bytes(data)
+    before = review.read_bytes()
+    with pytest.raises(DescError, match="may hold what people wrote.*away, or give another --out"):
+        write_review(review, judged_answers(), 10, seed=0)
+    assert review.read_bytes() == before and key.exists() == (data is not None)
+    with pytest.raises(DescError, match="review.key.json|not in"):
         read_review(review)
 
 
-def test_a_review_saved_with_semicolons_is_read(tmp_path):
-    text = 'number;context;label\n1;"seeker: a, b";none\n'
-    (tmp_path / "r.csv").write_text(text, encoding="utf-8")
-    (tmp_path / "r.key.csv").write_text("number,dialogue,turn,annotator\n1,7,0,none\n")
-    assert read_review(tmp_path / "r.csv") == (["none"], ["none"], ["7"])
+def test_the_key_of_a_review_that_was_moved_away_is_kept(review, tmp_path):
+    review.write_bytes(as_csv(fill_in(review)))
+    moved = tmp_path / "moved.csv"
+    review.rename(moved)
+    write_review(review, judged_answers(mark="+"), 10, seed=0)
+    (kept,) = tmp_path.glob("review.*.key.json")
+    assert len(kept.name) == len("review.12345678.key.json")
+    with pytest.raises(DescError, match="moved.csv can only be read with its key, moved.key.json"):
+        read_review(moved)
+    kept.rename(tmp_path / "moved.key.json")
+    assert read_review(moved)[0] == list(LABELLED.values())
+
+
+def test_a_review_is_held_against_its_own_key_alone(review, tmp_path):
+    """Both reviews have the numbers 1 to 5; without a look at the texts κ would be of chance."""
+    other = tmp_path / "other" / "review.csv"
+    write_review(other, judged_answers(mark="+"), 10, seed=1)
+    review.write_bytes(as_csv(fill_in(other)))
+    with pytest.raises(
+        DescError, match="row 1: '.*' is not as review.key.json has it for number 1"
+    ):
+        read_review(review)
 
 
 @pytest.mark.parametrize(
-    "head, line",
+    "change, problem",
     [
-        ("number,label", "1,"),
-        ("empathy judge,empathy human", "1,"),
-        ("empathy judge;empathy human", "1;"),
+        (lambda rows: [row.pop("dialogue") for row in rows], "row 1 has no 'dialogue'"),
+        (lambda rows: rows[1].update(dialogue=" "), "row 2 has no 'dialogue'"),
+        (lambda rows: rows[1].update(annotator=None), "row 2 has no 'annotator'"),
+        (lambda rows: rows[1].update(annotator="odd"), "number 2 is annotated 'odd', no label"),
+        (lambda rows: rows.append(rows[1]), "number 2 stands twice"),
     ],
 )
-def test_what_people_wrote_is_not_overwritten(tmp_path, head, line):
-    refuse_labelled(tmp_path / "absent.csv")
-    path = tmp_path / "r.csv"
-    path.write_text(f"{head}\n{line}\n")
-    refuse_labelled(path)
-    path.write_text(f"{head}\n{line}2\n")
-    with pytest.raises(DescError, match="move it away first"):
-        refuse_labelled(path)
+def test_a_key_that_cannot_be_used_is_refused(review, change, problem):
+    review.write_bytes(as_csv(fill_in(review)))
+    change_key(review, change)
+    with pytest.raises(DescError) as error:
+        read_review(review)
+    assert str(error.value).startswith(f"{review.with_suffix('.key.json')}: {problem}")
+
+
+@pytest.mark.parametrize("name", ["Anna.CSV", "Anna.tsv", "Anna.txt", "Anna"])
+def test_a_review_under_another_name_is_known_by_its_key(review, name):
+    anna = review.with_name(name)
+    anna.write_bytes(as_csv(fill_in(review), delimiter="\t"))
+    review.with_suffix(".key.json").rename(review.with_name("Anna.key.json"))
+    config = SimpleNamespace(agreement=str(anna), seed=0)
+    assert "5 turns of 2 dialogues" in measure_agreement(config, [], ESCONV, None)
 
 
 # --- labelled turns -------------------------------------------------------------------------------
@@ -328,6 +594,98 @@ def test_labelled_turns_are_annotated_a_dialogue_at_a_time(tmp_path):
 
 
 # --- ratings --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ratings(tmp_path):
+    """The path of the ratings of six replies, each of its own dialogue, which a judge gives i + 1/7
+    points; the first one's fluency is unreadable."""
+    dialogues, records = [], []
+    for i in range(6):
+        dialogues.append(talk(str(i), "Hi"))
+        points = dict.fromkeys(RUBRICS, i + 1 / 7) | ({} if i else {"fluency": None})
+        records.append({"replies": [f"-{i}"], "ratings": [points]})
+    write_ratings(tmp_path / "ratings.csv", dialogues, {"sft": records})
+    return tmp_path / "ratings.csv"
+
+
+def rate(lines):
+    """People's empathy in the order of the judge's, but for one pair, and their fluency."""
+    for line, rating in zip(lines, (0, 1, 3, 2, 4, 5)):
+        line["empathy human"] = line["fluency human"] = rating
+    return lines
+
+
+RATINGS_HARMLESS = {
+    "as filled in": lambda lines: lines,
+    "sorted by people's": lambda lines: sorted(lines, key=lambda line: line["empathy human"]),
+    "columns in another order and case": lambda lines: [
+        {f" {column.upper()}": line[column] for column in sorted(line)} for line in lines
+    ],
+    "judge's rounded, decimal commas": lambda lines: [
+        line | {"empathy judge": line["empathy judge"][:4].replace(".", ",")} for line in lines
+    ],
+    "a column more": lambda lines: [line | {"note": "so"} for line in lines],
+}
+
+
+@pytest.mark.parametrize("change", RATINGS_HARMLESS.values(), ids=RATINGS_HARMLESS.keys())
+def test_ratings_that_are_saved_anew_are_never_replaced_and_read_back_exactly(ratings, change):
+    """τ = (14 − 1) / 15 and ρ = 1 − 6 · 2 / 210, as below; intervals, too, do not go by the rows'
+    order. Of fluency five replies count, of which one pair of ten is in the other order."""
+    lines = rate(read_csv(ratings))
+    write_csv(ratings, lines)
+    as_filled_in = correlate_ratings(ratings)
+    assert "| empathy | 6 | 0.943 (" in as_filled_in and "| 0.867 (" in as_filled_in
+    assert "| fluency | 5 | 0.900 (" in as_filled_in and "| 0.800 (" in as_filled_in
+    write_csv(ratings, change(lines))
+    expect_no_replacement(ratings)
+    assert correlate_ratings(ratings) == as_filled_in
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda lines: lines[2].update({"empathy judge": "5"}), "row 3: 'empathy judge' is not as"),
+        (lambda lines: lines[2].update(reply="Hm."), "row 3: 'reply' is not as ratings.key.json"),
+        (
+            lambda lines: lines[2].update(dialogue="9"),
+            "row 3: system sft, dialogue 9, turn 0 is no",
+        ),
+        (
+            lambda lines: lines.append(lines[2]),
+            "row 7: system sft, dialogue 2, turn 0 stands twice",
+        ),
+        (
+            lambda lines: [line.pop("empathy human") for line in lines],
+            "column 'empathy human' is m",
+        ),
+        (lambda lines: [line.pop("reply") for line in lines], "column 'reply' is missing"),
+        (lambda lines: lines[2].update({"empathy human": "9" * 400}), "row 3: empathy should be"),
+        (lambda lines: lines[2].update({"empathy human": "good"}), "row 3: empathy should be two"),
+    ],
+)
+def test_ratings_that_cannot_be_told_are_never_replaced_and_refused(ratings, change, problem):
+    lines = rate(read_csv(ratings))
+    change(lines)
+    write_csv(ratings, lines)
+    expect_no_replacement(ratings)
+    with pytest.raises(DescError) as error:
+        correlate_ratings(ratings)
+    assert str(error.value).startswith(f"{ratings}: {problem}")
+
+
+def test_ratings_of_ones_own_need_no_key_and_no_reply_twice(tmp_path):
+    """Each rubric has both columns, and any separator and case will do."""
+    path = tmp_path / "own.csv"
+    path.write_text("sep=;\nTact Judge;TACT human\n1,5;2\n2;3\n \n3;4,5\n")
+    assert "| tact | 3 | 1.000 | 1.000 |" in correlate_ratings(path)
+    path.write_text("tact judge,tact Anna\n1,2\n")
+    with pytest.raises(DescError, match="column 'tact human' is missing beside 'tact judge'"):
+        correlate_ratings(path)
+    path.write_text("system,dialogue,turn,a judge,a human\ns,0,1,2,3\ns,0,1.0,2,4\n")
+    with pytest.raises(DescError, match="row 2: system s, dialogue 0, turn 1 stands twice"):
+        correlate_ratings(path)
 
 
 def test_ratings_come_back_with_peoples_and_are_correlated(tmp_path):

@@ -2,22 +2,28 @@
 
 A run that is killed and started again ends like a run that nothing interrupts."""
 
+import copy
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from scripts import command, lines, run
+from scripts import ROOT, command, lines, run
+from tqdm import tqdm
 
 from desc import DescError
 from desc.flags import TrainConfig, training_settings
+from desc.lora import add_adapter, lora_layers
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
 from desc.storage.files import write_bytes
+from desc.training.run import Run, keep_best, save_artefact
 
 SETTINGS = {"lr": 0.1, "seed": 0}
 
@@ -241,3 +247,59 @@ def test_half_a_file_is_not_left_if_the_disk_is_full(tmp_path, monkeypatch):
         write_bytes(tmp_path / "file", b"after")
     assert (tmp_path / "file").read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+FAIL_AT_THE_FIRST_STEP = (
+    "import runpy, sys\n"
+    "from desc import DescError\n"
+    "from desc.training import run\n"
+    "def clip_and_step(*args):\n"
+    "    raise DescError('the first step fails')\n"
+    "run.clip_and_step = clip_and_step\n"
+    "sys.argv = sys.argv[1:]\n"
+    "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_finished_artefact_stays_until_another_is_whole(whole, tmp_path):
+    """A run with another seed fails at its first step, after it has scored the untrained adapter.
+    Run again, it replaces what was there."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    finished = contents(out / "sp" / "sft")
+    other = sft(out, "--seed", 1)
+    program = [sys.executable, "-c", FAIL_AT_THE_FIRST_STEP, ROOT / other[0], *other[1:]]
+    ended = subprocess.run(list(map(str, program)), capture_output=True, text=True, cwd=ROOT)
+    assert ended.stderr.splitlines()[-1] == "error: the first step fails"
+    shutil.rmtree(out / "sp" / "sft" / "checkpoints")
+    assert contents(out / "sp" / "sft") == finished
+    run(*other)
+    replaced = contents(out / "sp" / "sft")
+    assert replaced.keys() == finished.keys()
+    assert replaced["adapter_model.safetensors"] != finished["adapter_model.safetensors"]
+    assert replaced["metrics.jsonl"] != finished["metrics.jsonl"]
+
+
+def test_a_score_that_is_not_finite_ends_the_run(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight])
+    begun = Run([[]], {"w": weight}, optimizer, tmp_path, {}, tqdm(disable=True))
+    begun.work.mkdir()
+    for score in (math.inf, math.nan):
+        with pytest.raises(DescError, match="step 0: the validation score is not finite"):
+            keep_best(begun, None, None, {"valid/loss": score}, score)
+    assert [path.name for path in begun.work.iterdir()] == ["metrics.jsonl"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(toy, tmp_path):
+    model = copy.deepcopy(toy[0])
+    add_adapter(model, "sft", rank=2)
+    layer = next(iter(lora_layers(model).values()))
+    layer.adapters["sft"].B.data[0, 0] = torch.nan
+    with pytest.raises(DescError, match="values that are not finite; lower --lr"):
+        save_artefact(model, None, tmp_path / "sft")
+    assert not (tmp_path / "sft").exists()

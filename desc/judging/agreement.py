@@ -51,9 +51,8 @@ RATING_INDEX = ("system", "dialogue", "turn")
 TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".ods")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 SEPARATORS = (",", ";", "\t")
-SEPARATOR_LINE = re.compile(
-    r'\s*"?sep=[^\r\n]?"?[,; \t]*[\r\n]+', re.IGNORECASE
-)  # Excel's "sep=;" before the head
+# Excel's "sep=;" before the head
+SEPARATOR_LINE = re.compile(r'\s*"?sep=[^\r\n]?"?[,; \t]*[\r\n]+', re.IGNORECASE)
 WHOLE_NUMBER = re.compile(r"(\d+)[.,]0+")
 CONTEXT_LENGTH = 6  # utterances that people see before a reply
 NUMBER = re.compile(r"\s*\d{1,15}([.,]\d{1,25})?(e[+-]?\d{1,2})?\s*", re.IGNORECASE)
