@@ -42,6 +42,7 @@ from desc.flags import MANY, AskConfig, SampleConfig, answer_settings, flag, par
 from desc.judging import agreement
 from desc.judging.annotator import make_annotator
 from desc.judging.endpoint import Endpoint
+from desc.judging.forms import refuse_edited
 from desc.judging.judge import make_judge
 from desc.storage.adapters import adapter_digest
 from desc.storage.base import base_digest
@@ -102,7 +103,7 @@ def refuse_early(config: EvalConfig) -> None:
     if config.report:
         load_matplotlib()
     if config.judge != "none":
-        agreement.refuse_edited(config.ratings_file)
+        refuse_edited(config.ratings_file)
 
 
 def find_replied(config: EvalConfig, test: list[Dialogue]) -> list[Dialogue]:
@@ -171,7 +172,7 @@ def main():
 
     # Load the model, the annotator and the judge.
     model, tokenizer = cli.load_model(config, device)
-    loaded = load_systems(model, tokenizer, systems)
+    loaded = load_systems(config, model, tokenizer, systems)
     annotator = make_annotator(config, model, tokenizer, endpoint)
     judge = make_judge(config, model, tokenizer, endpoint)
 

@@ -31,6 +31,7 @@ from desc.flags import MANY, AskConfig, SampleConfig, TaskConfig, answer_setting
 from desc.judging import agreement
 from desc.judging.annotator import make_annotator
 from desc.judging.endpoint import Endpoint, EndpointSampler
+from desc.judging.forms import refuse_edited
 from desc.mining import ROUTINGS, Answer, account, annotate, answer_dialogue, route
 from desc.sampling import LocalSampler
 from desc.storage.adapters import adapter_digest
@@ -107,7 +108,7 @@ def check_flags(config: MineConfig) -> None:
             " released"
         )
     if config.review:
-        agreement.refuse_edited(config.review_file)
+        refuse_edited(config.review_file)
 
 
 def adapter_folder(config: MineConfig, module: str) -> Path:
@@ -123,9 +124,9 @@ def make_sampler(config: MineConfig, model, tokenizer, endpoint, modules, strate
         if config.sft == "base":
             print(f"mines the base model as {module}")
         elif config.data == "sample":
-            cli.use_adapter(model, adapter_folder(config, module), module, otherwise)
+            cli.use_adapter(config, model, adapter_folder(config, module), module, otherwise)
         else:  # one's own data: a step that failed should not go unnoticed
-            cli.use_adapter(model, adapter_folder(config, module), module)
+            cli.use_adapter(config, model, adapter_folder(config, module), module)
     return LocalSampler(model, tokenizer, config, strategies)
 
 
@@ -146,7 +147,9 @@ def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:
 
 def write_pairs(config: MineConfig, file: str, answered, strategies: Strategies) -> None:
     """Route the answers of one split, (dialogue, answers) each, and say what came of them."""
-    routed = route(config.task, config.routing, answered, strategies, config.min_confidence)
+    routed = route(
+        config.task, config.routing, answered, strategies, config.min_confidence, config.strategy_at
+    )
     write_lines(config.folder / file, [pair.record() for pair in routed.pairs])
     counts = account(config.task, routed, strategies)
     if file == "pairs.jsonl":

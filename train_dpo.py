@@ -105,6 +105,9 @@ def find_pairs(config: DPOConfig) -> Path:
             raise DescError(f"{mine_first}, or give --pairs FOLDER, or --pairs sample")
         print(f"{mine_first} for your own; uses a few shipped ones")
         folder = shipped
+    if not config.pairs or config.pairs == "sample":
+        made_with = {"task": config.task} | cli.read_config(folder)
+        cli.refuse_other_place(config, folder, made_with)
     print(f"uses the pairs in {folder}")
     return folder
 
@@ -136,7 +139,7 @@ def attach_sft(model, config: DPOConfig) -> str:
     otherwise = None
     if config.data == "sample" and not config.sft:
         otherwise = f"the reference is the base model; first run train_sft.py --task {config.task}"
-    cli.use_adapter(model, folder, "sft", otherwise)
+    cli.use_adapter(config, model, folder, "sft", otherwise)
     return adapter_digest(folder)
 
 

@@ -77,7 +77,10 @@ def find_examples(
     if config.task != "annotate":
         train = first(splits["train"], config.train_dialogues)
         valid = first(splits["valid"], config.eval_dialogues)
-        return tuple(build_examples(config.task, part, strategies) for part in (train, valid))
+        return tuple(
+            build_examples(config.task, part, strategies, config.strategy_at)
+            for part in (train, valid)
+        )
     if not config.labels:
         raise DescError("--task annotate learns from labelled turns: give --labels FILE")
     labelled = read_labels(config.labels, splits["test"], strategies, config.label_map)

@@ -33,7 +33,8 @@ BETA = 0.5
 def make_pairs(config, dialogues: list[Dialogue]) -> list[Pair]:
     """The human answer and, for sp, a wrong strategy, else what was said at another turn."""
     strategies, draw = read_strategies(config.strategies), random.Random(config.seed)
-    examples, pairs = build_examples(config.task, dialogues, strategies), []
+    examples = build_examples(config.task, dialogues, strategies, config.strategy_at)
+    pairs = []
     for e in examples:
         others = strategies if config.task == "sp" else [other.completion for other in examples]
         rejected = draw.choice([text for text in others if text != e.completion])

@@ -37,7 +37,7 @@ def main():
         : config.eval_dialogues or None
     ]
     model, tokenizer = cli.load_model(config, DEVICE)
-    cli.use_adapter(model, Path(config.out) / "sp" / "sft", "sp", "the base model plans")
+    cli.use_adapter(config, model, Path(config.out) / "sp" / "sft", "sp", "the base model plans")
 
     # warm
     score_strategies(

@@ -12,17 +12,20 @@ from dataclasses import replace
 import torch
 from contest import compete, make_tokenizer, read_ours, train_trl
 
-from desc.encoding import Item, TokenSequence, encode_example, end_of_turn
+from desc.encoding import Item, TokenSequence, encode_example
 from desc.esconv import Dialogue
 from desc.forward import sequence_logps
 from desc.losses import sft_loss
 from desc.prompts import Example, build_examples
 from desc.strategies import read_strategies
+from desc.templates import end_of_turn
 from desc.tree import Forest
 
 
 def make_turns(config, dialogues: list[Dialogue]) -> list[Example]:
-    return build_examples(config.task, dialogues, read_strategies(config.strategies))
+    return build_examples(
+        config.task, dialogues, read_strategies(config.strategies), config.strategy_at
+    )
 
 
 def encode_turns(config, turns: list[Example]) -> list[Item]:

@@ -96,14 +96,18 @@ def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
     return bar
 
 
-def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) -> bool:
+def use_adapter(
+    config: Config, model, folder: Path, name: str, otherwise: str | None = None
+) -> bool:
     """Attach the adapter in `folder`, frozen. Returns whether there is one. Prints which adapter is
     used, or what happens `otherwise`.
 
-    Raises DescError if there is none and `otherwise` is None, or if it was trained on another
-    base."""
+    Raises DescError if there is none and `otherwise` is None, or if it was trained on another base
+    or with the strategy in another place."""
     if has_adapter(folder):
-        refuse_other_base(model, folder)
+        made_with = read_config(folder)
+        refuse_other_base(model, folder, made_with.get("base"))
+        refuse_other_place(config, folder, made_with)
         print(f"uses the adapter {folder}")
         load_adapter(model, folder, name)
         return True
@@ -113,18 +117,32 @@ def use_adapter(model, folder: Path, name: str, otherwise: str | None = None) ->
     return False
 
 
-def refuse_other_base(model, folder: Path) -> None:
+def read_config(folder: Path) -> dict:
+    """The config.json of a folder that we made; {} if it has none."""
+    path = folder / "config.json"
+    made_with = parse(read_text(path), f"{path}:") if path.exists() else None
+    return made_with if isinstance(made_with, dict) else {}
+
+
+def refuse_other_place(config: Config, folder: Path, made_with: dict) -> None:
+    """Raises DescError if what lies in `folder` is for rg and has the strategy in another place
+    than --strategy-at. Before that flag it stood in the system message."""
+    place = made_with.get("strategy_at", "system")
+    if made_with.get("task") == "rg" and place != config.strategy_at:
+        raise DescError(
+            f"{folder}: was made with --strategy-at {place}; give that flag, or make it again"
+        )
+
+
+def refuse_other_base(model, folder: Path, made_for: str | None) -> None:
     """Raises DescError if the adapter in `folder` was trained on another base than `model`.
 
-    Beside our own adapters stands the base's digest. Of others only the base's name is known, and a
-    model may have several, so another name is only printed."""
-    saved = folder / "config.json"
-    made_with = parse(read_text(saved), f"{saved}:") if saved.exists() else None
-    made_for = made_with.get("base") if isinstance(made_with, dict) else None
+    Beside our own adapters stands the base's digest, `made_for`. Of others only the base's name is
+    known, and a model may have several, so another name is only printed."""
     if made_for and made_for != base_digest(model.name_or_path):
         raise DescError(
             f"{folder}: was trained on another base than {model.name_or_path}; give its --model, or"
-            f' delete "base" from {saved} if you know that the weights are the same'
+            f' delete "base" from its config.json if you know that the weights are the same'
         )
     name = base_name(folder)
     if not made_for and name and Path(name).name != Path(model.name_or_path).name:

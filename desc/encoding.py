@@ -59,11 +59,17 @@ def encode_after(tokenizer, opening: str, text: str) -> list[int]:
 
 
 def decode(tokenizer, ids: list[int]) -> str:
-    """What a model wrote, without control tokens, and without blanks around it."""
+    """What a model wrote, without control tokens, without blanks around it, and without the half
+    of a character in which it may have been cut off."""
     control = control_tokens(tokenizer)
     written = [token for token in ids if token not in control]
-    # the clean-up would turn "do n't" into "don't"
-    return tokenizer.decode(written, clean_up_tokenization_spaces=False).strip()
+    for cut in (0, 1, 2, 3, 0):  # the tokens of a half character; if it is none, all are kept
+        # the clean-up would turn "do n't" into "don't"
+        kept = written[: len(written) - cut]
+        text = tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
+        if not text.endswith("\ufffd"):  # what bytes that are no character are decoded as
+            break
+    return text
 
 
 def encode(

@@ -19,9 +19,9 @@ from desc.tree import Forest, dense_mask, grow
 # fp32 the exact ones differ by at most 6e-6, and the others by at least 2e-4.
 TOLERANCE = 1e-4
 # In bf16 the stock attention differs from its own fp32 by 0.003 to 0.11, and the tree from the
-# stock attention by at most 2.7 times as much, and by at most 0.06.
+# stock attention by at most 2.7 times as much, and by at most 0.12.
 NOISE_RATIO = 4
-SHARDED_TOLERANCE = 0.1  # of a sharded model in bf16, whose fp32 is not at hand
+SHARDED_TOLERANCE = 0.15  # of a sharded model in bf16, whose fp32 is not at hand
 PLAIN = "decoder with plain attention, such as Llama or Qwen"
 
 
@@ -140,11 +140,12 @@ def refuse_dependent(model, forest: Forest, tree: torch.Tensor, max_length: int)
     moved = forest.rows[forest.owner == 0][1:]  # what sequence 0 shares with no other
     depth = forest.depth.clone()
     depth[moved] += max(0, max_length - 1 - int(depth[moved[-1]]))
-    limit = positions_of(model.config.get_text_config())
-    try:
-        far = read_tree(model, replace(forest, depth=depth))
-    except IndexError:
-        raise DescError(f"it reads at most {limit} tokens; lower max_length to that") from None
+    text = model.config.get_text_config()
+    limit = positions_of(text)
+    has_rope = getattr(text, "rope_parameters", None)
+    if not has_rope and max_length > limit:  # it looks positions up in a table
+        raise DescError(f"it reads at most {limit} tokens; lower max_length to that")
+    far = read_tree(model, replace(forest, depth=depth))
     others = forest.owner > 0
     if difference(far[others], tree[others]) > TOLERANCE:  # in bf16, too, most rows are the same
         raise DescError(
@@ -153,15 +154,15 @@ def refuse_dependent(model, forest: Forest, tree: torch.Tensor, max_length: int)
         )
 
 
-def positions_of(text) -> int:
+def positions_of(text) -> float:
     """The length for which a model's positions were made, before they are scaled."""
     rope = getattr(text, "rope_parameters", None) or {}
     lengths = (
         rope.get("original_max_position_embeddings"),
         getattr(text, "original_max_position_embeddings", None),
-        text.max_position_embeddings,
+        getattr(text, "max_position_embeddings", None),
     )
-    return min(length for length in lengths if length)
+    return min((length for length in lengths if length), default=math.inf)
 
 
 @contextmanager

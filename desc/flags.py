@@ -12,7 +12,7 @@ import torch
 from transformers import HfArgumentParser
 
 from desc import DescError
-from desc.prompts import TASKS
+from desc.prompts import STRATEGY_PLACES, TASKS
 from desc.tree import SHARING
 
 MANY = 1_000_000  # dialogues, tokens or steps: no run has more, so a larger number is a slip
@@ -54,6 +54,11 @@ class Config:
         at_most=MANY,
     )
 
+    strategy_at: Literal[STRATEGY_PLACES] = flag(
+        "system",
+        "where rg is told its strategy: in the system message, or at the end of the last message,"
+        " so that all strategies of a turn share what comes before",
+    )
     date: str = flag(
         "auto",
         "what the model's chat template takes for today if it tells the date; auto is the day on"

@@ -321,6 +321,7 @@ def route(
     dialogues: Iterable[tuple[Dialogue, list[Answer]]],
     strategies: Strategies,
     least_confidence: float = 0.0,
+    strategy_at: str = "system",
 ) -> Routed:
     """The pairs that dialogues' answers make: chosen is the human answer, rejected the modules'.
 
@@ -348,7 +349,7 @@ def route(
             if pairs_of_turn[turn]:
                 name += f"/{pairs_of_turn[turn]}"
             pairs_of_turn[turn] += 1
-            prompt = build_messages(task, dialogue, turn, gold.strategy, strategies)
+            prompt = build_messages(task, dialogue, turn, gold.strategy, strategies, strategy_at)
             chosen = build_completion(task, gold.strategy, gold.text)
             pair = Pair(
                 name, task, dialogue.id, turn, gold.strategy, error, prompt, chosen, rejected

@@ -136,13 +136,25 @@ def empty_model(config, kernel: dict):
 def read_model(folder: Path, kernel: dict):
     """The model with its weights, on the CPU.
 
-    Raises DescError if a weight is not in its files: it would be random, and another each time."""
+    Raises DescError if a weight is not in its files, or has another shape there: it would be
+    random, and another each time."""
     model, read = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kernel
+        folder,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported, and refused here
+        **kernel,
     )
-    wrong = sorted(read["missing_keys"]) + sorted(str(key) for key in read["mismatched_keys"])
-    if wrong:
-        shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    missing, mismatched = sorted(read["missing_keys"]), sorted(read["mismatched_keys"])
+    if mismatched:
+        name, there, here = mismatched[0]
+        raise DescError(
+            f"its files hold {name} of shape {tuple(there)}, but its config.json means"
+            f" {tuple(here)}; get the model's files again"
+        )
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
         stray = sorted(read["unexpected_keys"])
         hint = f" (they hold {stray[0]} instead)" if stray else ""
         raise DescError(f"its files lack {shown}{hint}; get the model's files again")

@@ -11,6 +11,9 @@ from desc.esconv import SPEAKERS, Dialogue, flatten
 from desc.strategies import ESCONV, Strategies
 
 TASKS = ("sp", "rg", "vanilla")
+# Where rg is told its strategy: in the last message, so that all eight share what comes before, or
+# in the system message, as in the paper's release.
+STRATEGY_PLACES = ("system", "turn")
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": …}, …]
 
 PLANNER = (
@@ -29,6 +32,11 @@ RESPONDER = (
     + "You are given a reference strategy, and your reply follows it. The strategies are: {names}."
     " Your current strategy is: {strategy}"
 )
+RESPONDER_AT_TURN = (
+    COUNSELLOR
+    + "Each time you are given a strategy, and your reply follows it. The strategies are: {names}."
+)
+AT_TURN = "\n\n(Strategy of your reply: {strategy})"
 VANILLA = (
     COUNSELLOR
     + "Every turn of yours has two parts: first the strategy in square brackets, then the reply. "
@@ -58,9 +66,10 @@ def build_messages(
     turn: int,
     strategy: str | None = None,
     strategies: Strategies = ESCONV,
+    strategy_at: str = "system",
 ) -> Messages:
     """What the module of `task` reads before supporter turn `turn`, with the human history.
-    `strategy` is for rg alone."""
+    `strategy` is for rg alone, and so is where it stands, `strategy_at` (STRATEGY_PLACES)."""
     history = dialogue.history(turn)
     if task == "sp":
         flat = flatten(history, _unlike_a_turn)
@@ -68,7 +77,10 @@ def build_messages(
             {"role": "system", "content": PLANNER.format(names=", ".join(strategies))},
             {"role": "user", "content": flat},
         ]
-    if task == "rg":
+    at_turn = task == "rg" and strategy_at == "turn"
+    if at_turn:
+        system = RESPONDER_AT_TURN.format(names=", ".join(strategies))
+    elif task == "rg":
         system = RESPONDER.format(names=", ".join(strategies), strategy=strategy)
     else:
         system = VANILLA.format(names=", ".join(f"[{name}]" for name in strategies))
@@ -79,6 +91,8 @@ def build_messages(
         else:
             text = build_completion(task, past.strategy, past.text)
             messages.append({"role": "assistant", "content": text})
+    if at_turn:
+        messages[-1]["content"] += AT_TURN.format(strategy=strategy)
     return messages
 
 
@@ -96,13 +110,16 @@ def build_completion(task: str, strategy: str, reply: str) -> str:
 
 
 def build_examples(
-    task: str, dialogues: list[Dialogue], strategies: Strategies = ESCONV
+    task: str,
+    dialogues: list[Dialogue],
+    strategies: Strategies = ESCONV,
+    strategy_at: str = "system",
 ) -> list[Example]:
     """Every supporter turn of every dialogue, with the human answer as its completion."""
     examples = []
     for dialogue in dialogues:
         for turn, gold in enumerate(dialogue.supporter_turns()):
-            messages = build_messages(task, dialogue, turn, gold.strategy, strategies)
+            messages = build_messages(task, dialogue, turn, gold.strategy, strategies, strategy_at)
             completion = build_completion(task, gold.strategy, gold.text)
             examples.append(Example(dialogue.id, turn, messages, completion))
     return examples

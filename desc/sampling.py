@@ -121,7 +121,7 @@ def write_dialogue(
     """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history:
     one sampled text each.
 
-    - rg reads the strategy in its system message.
+    - rg reads the strategy where config.strategy_at says.
     - vanilla's answer opens with it as the tag "[strategy]", which is not repeated in the result.
     - None leaves the whole answer to vanilla or sp (free decoding).
 
@@ -130,7 +130,7 @@ def write_dialogue(
         return []
     prompts, room = [], config.max_length - config.max_new_tokens
     for turn, strategy in planned:
-        messages = build_messages(task, dialogue, turn, strategy, strategies)
+        messages = build_messages(task, dialogue, turn, strategy, strategies, config.strategy_at)
         tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
         name = f"{dialogue.id}/{turn}"
         item = encode(tokenizer, name, dialogue.id, messages, [tag], room, end=False)

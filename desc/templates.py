@@ -143,16 +143,23 @@ def _form_of(tokenizer, template: str) -> Form:
             {"role": "user", "content": "descfollowup"},
         ]
     )
-    try:
-        forms = [try_out(tokenizer, messages, False) for messages in conversations]
-    except DescError:
-        forms = [try_out(tokenizer, messages, True) for messages in conversations]
+    folds = not knows_system(tokenizer, conversations[0])
+    forms = [try_out(tokenizer, messages, folds) for messages in conversations]
     if forms[0] != forms[1]:
         raise DescError(
             "the model's chat template renders a first answer in another way than a later one; use"
             " another model"
         )
     return forms[0]
+
+
+def knows_system(tokenizer, messages: Messages) -> bool:
+    """Whether the template renders a system message, also in a conversation that was answered.
+    Mistral 7B's (0.3) has it only in a prompt."""
+    try:
+        return SYSTEM in answer(tokenizer, messages, REPLY)
+    except DescError:  # it refuses the role, or it is broken, and then try_out says so
+        return False
 
 
 def try_out(tokenizer, messages: Messages, folds_system: bool) -> Form:

@@ -119,7 +119,8 @@ def pack(
     is more: (its items, their forest) of each.
 
     With share "dialogue" the items of a dialogue are planted together, and split only if they must
-    be. Trees are not laid together if there would be fewer micro-batches than `parts`."""
+    be. Dialogues of a micro-batch then share what they begin with alike, such as the system
+    message. Trees are not laid together if there would be fewer micro-batches than `parts`."""
     groups: dict[object, list[Item]] = {}
     for item in items:
         group = item.dialogue if share == "dialogue" else id(item)
@@ -130,14 +131,26 @@ def pack(
     budget = min(max_tokens, sum(len(forest.ids) for _, forest in planted) // parts)
     micro_batches, room = [], 0
     for group, forest in planted:
-        if len(forest.ids) > room:
+        nodes, trunk = len(forest.ids), trunk_of(group)
+        if share == "dialogue" and micro_batches:
+            nodes -= shared_prefix(trunk_of(micro_batches[-1][0]), trunk)
+        if nodes > room:
+            nodes = len(forest.ids)
             micro_batches.append(([], []))
-            room = max(budget, len(forest.ids))
+            room = max(budget, nodes)
         members, forests = micro_batches[-1]
         members += group
         forests.append(forest)
-        room -= len(forest.ids)
+        room -= nodes
+    if share == "dialogue":
+        return [(members, plant(members, share)) for members, _ in micro_batches]
     return [(members, join(forests)) for members, forests in micro_batches]
+
+
+def trunk_of(group: list[Item]) -> list[int]:
+    """The tokens with which all sequences of some items begin."""
+    prompts = [sequence.prompt for item in group for sequence in item.sequences]
+    return commonprefix([min(prompts), max(prompts)])
 
 
 def plant_within(group: list[Item], share: str, max_tokens: int) -> list[tuple[list[Item], Forest]]:

@@ -9,9 +9,11 @@ from copy import deepcopy
 import pytest
 import torch
 from scripts import command, run
+from tokenizers import decoders, pre_tokenizers
 
 from desc.chat import conversation as chat
 from desc.chat.safety import CRISIS, OPENING, in_danger
+from desc.encoding import decode
 from desc.esconv import Dialogue, Turn, load_dialogues
 from desc.flags import SampleConfig
 from desc.lora import adapter_only, add_adapter, lora_layers, save_adapter
@@ -42,8 +44,8 @@ def start(toy, out):
 
     def start(**flags) -> chat.Chat:
         model = deepcopy(toy[0])
-        config = SampleConfig(**{"max_new_tokens": 12} | flags)
-        return chat.Chat(model, toy[1], config, ESCONV, chat.attach(model, out))
+        config = SampleConfig(**{"max_new_tokens": 12, "out": str(out)} | flags)
+        return chat.Chat(model, toy[1], config, ESCONV, chat.attach(model, config))
 
     return start
 
@@ -199,8 +201,8 @@ def test_compare_repeats_the_reply_and_shows_what_it_was_before(start, capsys):
     capsys.readouterr()
     talk.take("/compare")
     assert (
-        f"before DPO [{reply.strategy}]: {sft}\nafter DPO: there is no adapter in out/rg/dpo\n"
-        == capsys.readouterr().out
+        f"before DPO [{reply.strategy}]: {sft}\n"
+        f"after DPO: there is no adapter in {talk.config.out}/rg/dpo\n" == capsys.readouterr().out
     )
 
 
@@ -248,6 +250,27 @@ def test_a_reply_streams_in_whole_characters(toy):
     pieces = list(filter(None, stream_text(tokenizer, ids)))
     assert "".join(pieces) == text.strip()
     assert pieces[-3:] == [" 你", "好", " …"]
+
+
+@pytest.mark.parametrize("blank", ["never", "first", "always"])
+def test_a_reply_streams_without_losing_a_letter(blank, toy):
+    """Whatever the tokenizer's own settings do to blanks, and after whichever token."""
+    tokenizer = deepcopy(toy[1])
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.add_tokens(["ok", "[Question]"], special_tokens=True)
+    inner = tokenizer.backend_tokenizer
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=blank)
+    to_text = [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=blank)]
+    inner.decoder = decoders.Sequence(to_text)
+    text = "[Question] I do n't know , ok ? 🫂👩\u200d👩 né e .\n\n It 's  you , 你好 !"
+    ids = tokenizer(f" {text} <|end|>", add_special_tokens=False).input_ids
+    pieces = list(stream_text(tokenizer, ids))
+    assert "".join(pieces) == decode(tokenizer, ids) == text
+    assert max(map(len, pieces)) <= len("[Question]") + 1
+    for n in range(len(ids)):
+        begun = decode(tokenizer, ids[:n])
+        assert "".join(stream_text(tokenizer, ids[:n])) == begun
+        assert text.startswith(begun)
 
 
 @pytest.mark.parametrize(

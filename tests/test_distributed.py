@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from architectures import build, configure_type
+from safetensors.torch import load_file, save_file
 from scripts import ROOT, lines, run
 
 from desc.encoding import Item, TokenSequence
@@ -122,3 +123,89 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
         "cli.run(main)\n"
     )
     assert "error: rank 1: the second has no disk" in run(program, ranks=2, fails=True, cwd=ROOT)
+
+
+SHARDED = """
+import sys
+import torch
+from desc import DescError, cli
+from desc.encoding import TokenSequence
+from desc.exactness import check_tree
+from desc.forward import sequence_logps
+from desc.lora import add_adapter
+from desc.modeling import load
+from desc.training import ranks
+from desc.training.sharding import read_weights, shard, whole
+from desc.tree import grow
+
+def main():
+    device = ranks.join_ranks()
+    forest = grow([TokenSequence([5, 6, 7], [8, 9]), TokenSequence([5, 6], [9])])
+    for folder in sys.argv[1:]:
+        dtype = torch.bfloat16 if "bfloat16" in folder else torch.float32
+        model = load(folder, dtype, device, empty=True)[0]
+        torch.manual_seed(0)
+        add_adapter(model, "sft", 4)
+        shard(model, device)
+        try:
+            read_weights(model)
+        except DescError as error:
+            print(error)
+            continue
+        check_tree(model, 2048)
+        alone = load(folder, dtype)[0]
+        torch.manual_seed(0)
+        add_adapter(alone, "sft", 4)
+        expected = alone.state_dict() | dict(alone.named_buffers())
+        tensors = model.state_dict() | dict(model.named_buffers())
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(whole(tensor), expected[name]), name
+        with torch.no_grad():
+            ours, theirs = sequence_logps(model, forest), sequence_logps(alone, forest)
+        assert torch.equal(ours, theirs), (ours, theirs)
+        print("the same:", folder)
+
+cli.run(main)
+"""
+
+
+def test_ranks_read_what_one_process_reads(toy, tmp_path):
+    """Weights, buffers that are saved (Gemma 4's layer scalars) and those that are computed,
+    whatever the architecture calls its modules; from the files that the index names.
+
+    What is missing is named, such as the fused experts of a mixture, whose files hold them one by
+    one."""
+    kinds = ("gemma4_text", "gemma4_text bfloat16", "phi", "opt", "cohere2", "mixtral")
+    folders = [tmp_path / kind for kind in (*kinds, "lacks a scalar", "another shape")]
+    for folder in folders:
+        model_type = folder.name.split()[0]
+        stock = build(configure_type(model_type if model_type in kinds else "gemma4_text"))
+        for name, buffer in stock.named_buffers():
+            if name in stock.state_dict():
+                torch.nn.init.uniform_(buffer, 0.5, 2)
+        stock.save_pretrained(folder, max_shard_size="40KB")
+        toy[1].save_pretrained(folder)
+        stale = {name: torch.zeros_like(t) for name, t in stock.state_dict().items()}
+        save_file({"model.norm.weight": torch.zeros(3)} | stale, folder / "model-old.safetensors")
+    scalar = "model.layers.1.layer_scalar"
+    edit_tensor(folders[-2], scalar, lambda tensors: tensors.pop(scalar))
+    edit_tensor(folders[-1], scalar, lambda tensors: tensors.update({scalar: torch.ones(2)}))
+    program = tmp_path / "program.py"
+    program.write_text(SHARDED)
+    printed = run(program, *folders, ranks=2).splitlines()
+    assert printed[:-3] == [f"the same: {folder}" for folder in folders[:-3]]
+    assert ".mlp.experts.gate_up_proj, model" in printed[-3] and "; try one process" in printed[-3]
+    assert printed[-2].startswith(
+        f"{folders[-2]}: its safetensors files have no {scalar} …; try one process"
+    )
+    assert printed[-1].endswith(f"holds {scalar} of shape [2], not [1]")
+
+
+def edit_tensor(folder, name, edit) -> None:
+    """Edit the tensors of the file that holds `name`."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    path = folder / index["weight_map"][name]
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "pt"})

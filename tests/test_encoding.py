@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 from desc import DescError
-from desc.encoding import encode, encode_prompt, mark_loss
+from desc.encoding import decode, encode, encode_completion, encode_prompt, mark_loss
 from desc.esconv import Dialogue, Turn
 from desc.prompts import TASKS, build_examples, build_messages
-from desc.templates import end_of_turn
+from desc.templates import control_tokens, end_of_turn
 
 TYPED = [
     "<|end|>",
@@ -25,7 +25,11 @@ TYPED = [
     "<|im_start|>system",
     "<<|end|>|end|>",
 ]
-TYPED += ["a<|end|>b <|end|>"]
+TYPED += ["a<|end|>b <|end|>", "<|en<|end|>d|>", " <|end|>\n<|user|> ", "<|end|><|end|>"]
+# Words that people add to a tokenizer, ESConv's strategies among them.
+WORDS = ["ok", "Others", "Providing Suggestions", "[Question]", "...", ":)", "'s", "\n\n"]
+# What clean_up_tokenization_spaces would alter.
+SPACED = "I do n't know , she said . It 's a \" test \" ? I 'm fine ! We 've n't ."
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}END{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -207,3 +211,74 @@ def test_marked_loss_is_the_completion_with_its_one_end_of_turn(toy, sample):
         assert prompt.startswith("<|system|>")
         assert prompt.endswith("<|assistant|>")
         assert example.messages[-1]["content"] in prompt
+
+
+def test_marked_loss_shows_a_blank_that_begins_a_completion(toy):
+    tokenizer = deepcopy(toy[1])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ ' ' + m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    item = encode(tokenizer, "", "", [{"role": "user", "content": "Hi"}], ["Well"], 100)
+    text = mark_loss(tokenizer, item.sequences[0])
+    assert text == "<|user|> Hi<|end|><|assistant|>» Well<|end|>«"
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_words_that_are_tokens_stay_as_they_are(special, toy, sample):
+    """In what is read, in what is trained on, and in what is decoded. No other letter changes,
+    either."""
+    tokenizer = deepcopy(toy[1])
+    tokenizer.add_tokens(WORDS, special_tokens=special)
+    added = set(tokenizer.convert_tokens_to_ids(WORDS))
+    assert added <= set(tokenizer.added_tokens_decoder) and not added & set(
+        control_tokens(tokenizer)
+    )
+    text = "ok, look: Others took it ... Providing Suggestions :)\n\n[Question] it's ok"
+    for task in TASKS:
+        for example in build_examples(task, sample[:2]):
+            messages = [{**m, "content": m["content"] + text} for m in example.messages]
+            prompt = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            assert tokenizer.decode(encode_prompt(tokenizer, messages)) == prompt
+            completion = encode_completion(tokenizer, example.completion + text, end=True)
+            assert added <= set(completion)
+            assert decode(tokenizer, completion) == example.completion + text
+
+
+def test_what_was_decoded_has_no_control_tokens(toy):
+    ids = toy[1]("<|assistant|> Well,<|end|> I<unk> see. <|end|>").input_ids
+    assert decode(toy[1], ids) == "Well, I see."
+
+
+def test_a_reply_that_was_cut_off_within_a_character_keeps_those_before(toy):
+    """Bytes are decoded together, so that a half character would spoil the whole ones before it.
+    Bytes that are no text stay visible."""
+    ids = toy[1]("So 你好🫂", add_special_tokens=False).input_ids
+    assert toy[1].decode(ids[:-1]) == "So " + 9 * "\ufffd"
+    texts = [decode(toy[1], ids[: len(ids) - cut]) for cut in range(9)]
+    assert texts == ["So 你好🫂", *4 * ["So 你好"], *3 * ["So 你"], "So"]
+    assert decode(toy[1], [ids[-1]]) == ""
+    assert decode(toy[1], 5 * [ids[-1]]) == 5 * "\ufffd"
+
+
+def test_no_blank_that_was_written_is_cleaned_up(toy):
+    tokenizer = deepcopy(toy[1])
+    tokenizer.clean_up_tokenization_spaces = True
+    ids = tokenizer(SPACED, add_special_tokens=False).input_ids
+    assert "I don't know, she said." in tokenizer.decode(ids)
+    assert decode(tokenizer, ids) == SPACED
+    messages = [{"role": "user", "content": SPACED}]
+    item = encode(tokenizer, "", "", messages, [SPACED], 1000)
+    text = mark_loss(tokenizer, item.sequences[0])
+    assert text == f"<|user|>{SPACED}<|end|><|assistant|>»{SPACED}<|end|>«"
+
+
+def test_an_error_names_the_example(toy):
+    tokenizer = deepcopy(toy[1])
+    tokenizer.chat_template = CHAT.replace("END", "<|end|>").replace(
+        "m['content']", "m['content'] | replace('?', '')"
+    )
+    with pytest.raises(DescError, match="^7/3: the model's chat template leaves out, or changes"):
+        encode(tokenizer, "7/3", "7", [{"role": "user", "content": "Why?"}], ["So."], 1000)

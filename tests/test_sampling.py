@@ -8,14 +8,20 @@ import torch
 import torch.nn.functional as F
 from architectures import KINDS, build, configure
 
-from desc import attention
+from desc import attention, sampling
 from desc.encoding import encode
 from desc.prompts import build_messages
 from desc.sampling import draw_strategies, generate, score_strategies, temper, write_dialogue
 from desc.strategies import ESCONV
 
 CONFIG = SimpleNamespace(
-    seed=0, temperature=0.7, top_p=0.95, max_new_tokens=6, max_length=2048, max_tokens=1024
+    strategy_at="system",
+    seed=0,
+    temperature=0.7,
+    top_p=0.95,
+    max_new_tokens=6,
+    max_length=2048,
+    max_tokens=1024,
 )
 
 
@@ -82,6 +88,12 @@ def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
     cut = [ids[: ids.index(stop)] if stop in ids else ids for ids in alone]
     assert greedy(stop) == cut != alone
     assert greedy(stop=-1, max_new_tokens=3) == [ids[:3] for ids in alone]
+    # Whichever of several end tokens comes first ends a reply.
+    stops = [alone[4][3], stop, -1]
+    first = [min([ids.index(t) for t in stops if t in ids], default=len(ids)) for ids in alone]
+    cut_first = [ids[:n] for ids, n in zip(alone, first)]
+    assert greedy(stops) == greedy(stops[::-1]) == cut_first
+    assert greedy([stop]) == cut != cut_first != greedy(stops[:1])
 
 
 def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
@@ -103,3 +115,18 @@ def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
     assert write(CONFIG) == replies
     assert torch.equal(torch.get_rng_state(), state)
     assert write(SimpleNamespace(**vars(CONFIG) | {"seed": 1})) != replies
+
+
+def test_a_reply_keeps_its_blanks_and_added_words(toy, sample, monkeypatch):
+    """Also with a tokenizer whose own settings would clean up what it decodes."""
+    tokenizer = deepcopy(toy[1])
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.add_tokens(["ok", "[Question]"], special_tokens=True)
+    texts = ["I do n't know , ok ?", "[Question] It 's ok ."]
+    written = [tokenizer(f" {text}\n<|user|>").input_ids for text in texts]
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in written] != texts
+    monkeypatch.setattr(sampling, "generate", lambda *args: written)
+    planned = [(0, "Question"), (1, "Question")]
+    for task in ("rg", "vanilla"):
+        replies = write_dialogue(None, tokenizer, CONFIG, task, sample[0], planned, ESCONV)
+        assert replies == texts

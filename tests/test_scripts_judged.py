@@ -105,6 +105,9 @@ def test_an_endpoint_answers_and_annotates_and_its_judgements_route(tmp_path, se
     review.write_text(text.replace(",Hm.,\n", ",Hm.,none\n"), encoding="utf-8")
     measure = ("mine_preferences.py", "--task", "rg", "--agreement", review, "--model", "toy")
     assert "3 turns of" in run(*measure)
+    labelled = review.read_bytes()
+    assert "review.csv would be replaced" in run(*mine, "--review", 3, fails=True)
+    assert review.read_bytes() == labelled and len(server.calls) == calls
 
 
 THOUGHTS = {"finish_reason": "length", "message": {"content": None, "reasoning": "Hm, well"}}
@@ -158,3 +161,9 @@ def test_a_judge_that_thinks_is_told_not_to(tmp_path, server):
     printed = run(*judge, "--template-options", '{"enable_thinking": false}')
     assert f"read: judge 0 of {count}\n" in printed
     assert len(server.calls) == 3 * count
+
+    ratings = tmp_path / "eval" / "ratings.csv"
+    rated = ratings.read_bytes().replace(b"human", b"HUMAN")
+    ratings.write_bytes(rated)
+    assert "ratings.csv would be replaced" in run(*judge, fails=True)
+    assert ratings.read_bytes() == rated and len(server.calls) == 3 * count

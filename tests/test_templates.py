@@ -1,6 +1,6 @@
-"""Chat templates in the shapes that models have, in our own words. With each, prompt, completion and
-end of turn are what the template itself makes of the whole conversation, or it is refused in one
-line.
+"""Chat templates in the shapes that models have, in our own words. With each, prompt, completion
+and end of turn are what the template itself makes of the whole conversation, or it is refused in
+one line.
 
     pytest tests/test_templates.py -q
 """
@@ -153,13 +153,15 @@ RENDERED = {
         "</s>",
         True,
     ),
-    "Mistral with the system text in the latest message": (
-        "{{ bos_token }}{% set system = messages[0].content %}{% for m in messages[1:] %}"
-        "{% if m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% elif loop.last %}"
-        "{{ '[INST] ' + system + '\n\n' + m.content + '[/INST]' }}{% else %}"
-        "{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}{% endfor %}",
+    "Mistral 0.3, whose system text moves to the latest question and then is gone": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+        "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}"
+        "{% elif loop.last and system is defined %}"
+        "{{ '[INST] ' + system + '\n\n' + m.content + '[/INST]' }}"
+        "{% else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}{% endfor %}",
         "</s>",
-        False,
+        True,
     ),
     "Gemma 2": (
         "{{ bos_token }}{% if messages[0].role == 'system' %}"
@@ -261,7 +263,7 @@ REFUSED = {
 }
 MARKS = (
     "<|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn>"
-    " <end_of_turn> <think> </think> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> [gMASK] <sop>"
+    " <end_of_turn> <think> </think> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜> <sop>"
     " <|start|> <|channel|> <|message|>"
 ).split()
 BLANK_FIRST = ("first", "always", "normalizer")
@@ -274,7 +276,7 @@ def tokenizer_with(toy):
 
     def tokenizer_with(template, marks=MARKS, blank="never"):
         tokenizer = deepcopy(toy[1])
-        tokenizer.chat_template = template
+        tokenizer.chat_template, tokenizer.pinned_date = template, None
         tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
         tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in marks], True)
         inner = tokenizer.backend_tokenizer
@@ -338,7 +340,7 @@ def test_no_blank_slips_in_before_a_completion(name, blank, tokenizer_with, samp
     prompt."""
     template, end, folds = RENDERED[name]
     tokenizer = tokenizer_with(template, blank=blank)
-    assert tokenizer.tokenize("Why") == ["▁Why"] != tokenizer_with(template).tokenize("Why")
+    assert tokenizer.tokenize("Why") == ["▁Wh", "y"] != tokenizer_with(template).tokenize("Why")
     for task in TASKS:
         check_sequence(tokenizer, build_examples(task, sample[:1])[1], end, folds)
 

@@ -30,7 +30,7 @@ def main():
     device = ranks.join_ranks()
     cli.resolve_auto(config, device)
     model, tokenizer = cli.load_model(config, device)
-    chat = Chat(model, tokenizer, config, strategies, attach(model, config.out))
+    chat = Chat(model, tokenizer, config, strategies, attach(model, config))
     print(
         f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."
         " /help lists the commands."

@@ -25,18 +25,18 @@ HELP = """\
 /quit            ends it, as do Ctrl-D and Ctrl-C; during a reply, Ctrl-C stops that alone"""
 
 
-def attach(model, out: str) -> dict[str, list[str]]:
-    """Attach the adapters in `out` as "sp-dpo", "rg-sft", …. Returns the stages of each module, its
+def attach(model, config: SampleConfig) -> dict[str, list[str]]:
+    """Attach the adapters in OUT as "sp-dpo", "rg-sft", …. Returns the stages of each module, its
     last first. Of rg both are attached, because /compare needs both."""
     stages = {"sp": [], "rg": []}
     for module, stage in product(stages, ("dpo", "sft")):
         if module == "sp" and stages["sp"]:
             continue
         folder, otherwise = (
-            Path(out) / module / stage,
+            Path(config.out) / module / stage,
             f"train_{stage}.py --task {module} makes one",
         )
-        if cli.use_adapter(model, folder, f"{module}-{stage}", otherwise):
+        if cli.use_adapter(config, model, folder, f"{module}-{stage}", otherwise):
             stages[module].append(stage)
     return {module: attached or ["base"] for module, attached in stages.items()}
 
@@ -64,7 +64,9 @@ class Chat:
     ) -> Item:
         """What a module reads at the end of the dialogue, which is the seeker's message. Raises
         DescError if that message alone is too long."""
-        messages = build_messages(task, dialogue, len(dialogue), strategy, self.strategies)
+        messages = build_messages(
+            task, dialogue, len(dialogue), strategy, self.strategies, self.config.strategy_at
+        )
         name, end = "your message", task == "sp"
         item = encode(self.tokenizer, name, dialogue.id, messages, completions, room, end)
         if item.turns_cut and not self.warned_of_length:

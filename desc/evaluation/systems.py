@@ -129,7 +129,7 @@ class LoadedModel:
         return adapter_only(self.model, self.adapter_names[adapter])
 
 
-def load_systems(model, tokenizer, systems: list[System]) -> LoadedModel:
+def load_systems(config, model, tokenizer, systems: list[System]) -> LoadedModel:
     """Attach the adapter of every system, each once. Raises DescError if a folder holds none."""
     names = {BASE: ""}
     for system in systems:
@@ -138,7 +138,7 @@ def load_systems(model, tokenizer, systems: list[System]) -> LoadedModel:
             if is_human or adapter in names:
                 continue
             names[adapter] = f"adapter{len(names)}"
-            cli.use_adapter(model, Path(adapter), names[adapter])
+            cli.use_adapter(config, model, Path(adapter), names[adapter])
     return LoadedModel(model, tokenizer, names)
 
 

@@ -162,7 +162,7 @@ def make_annotator(
         return EndpointAnnotator(endpoint, config.annotator_tokens)
     if config.annotator == "local":
         otherwise = "the base model judges; train_sft.py --task annotate makes a better annotator"
-        cli.use_adapter(model, Path(config.out) / MODULE / "sft", MODULE, otherwise)
+        cli.use_adapter(config, model, Path(config.out) / MODULE / "sft", MODULE, otherwise)
         return LocalAnnotator(model, tokenizer, config)
     return None
 

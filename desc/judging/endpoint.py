@@ -471,7 +471,7 @@ class EndpointSampler:
         config = self.config
         harmless = break_marks(dialogue)
         conversations = [
-            build_messages(task, harmless, turn, strategy, self.strategies)
+            build_messages(task, harmless, turn, strategy, self.strategies, config.strategy_at)
             for turn, strategy in planned
         ]
         completions = self.endpoint.ask_all(

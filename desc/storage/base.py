@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -108,13 +109,15 @@ def base_digest(name: str) -> str:
     """A hash that identifies a base model: of its configuration, tokenizer and chat template, and
     of its weights' headers and samples of each tensor.
 
-    So the same model has the same digest on every machine, and another one in the same folder has
+    So the same model has the same digest on every machine, whatever version of Transformers has
+    written its files (toy and smollm2 are made on each), and another one in the same folder has
     another. Raises DescError if a file is cut off or was not fetched, or if the folder holds an
     adapter."""
     folder = locate(name)
     digest = hashlib.sha256()
     for path in small_files(folder):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        text = re.sub(rb'"transformers_version": *"[^"]*"', b"", path.read_bytes())
+        digest.update(path.name.encode() + b"\0" + text)
     for path in weight_files(folder):
         header, entries = read_header(path)
         digest.update(header)

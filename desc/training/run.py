@@ -246,19 +246,19 @@ def keep_best(run: Run, model, config: TrainConfig, scores: dict, score: float) 
         raise DescError(f"step {run.step}: the validation score is not finite; lower --lr")
     if on_any_rank(score < run.best):
         run.best = score
-        save_artefact(model, config, run.work / "best")
+        save_artefact(model, config, run.work / "best", run.settings["base"])
 
 
-def save_artefact(model, config: TrainConfig, folder: Path) -> int:
-    """The model's adapters as one, with the configuration that made it. Every rank must call this;
-    the first writes. Returns the rank of the one: the sum of theirs. Raises DescError if a value is
-    not finite."""
+def save_artefact(model, config: TrainConfig, folder: Path, base: str) -> int:
+    """The model's adapters as one, with what made it: the configuration, and the digest of the base
+    that the run was begun on. Every rank must call this; the first writes. Returns the rank of the
+    one: the sum of theirs. Raises DescError if a value is not finite."""
     settings, halves = export_adapters(model, whole)
     if not all(half.isfinite().all() for half in halves.values()):
         raise DescError("the adapter has values that are not finite; lower --lr")
     if rank() == 0:
         write_adapter(folder, settings, halves)
-        save_config(config, folder, base_digest(model.name_or_path))
+        save_config(config, folder, base)
     return settings["r"]
 
 
@@ -316,7 +316,7 @@ def finish(run: Run, model, config: TrainConfig) -> None:
     A kill in between harms nothing: the same command does this again."""
     write_pending(run)
     run.bar.close()
-    adapter_rank = save_artefact(model, config, run.work / "last")
+    adapter_rank = save_artefact(model, config, run.work / "last", run.settings["base"])
     if rank() == 0:
         for name in ("best", "last"):
             place = run.folder if name == config.keep else run.folder / name

@@ -65,15 +65,20 @@ def read_weights(model) -> None:
     """Give a sharded, empty model its values: each rank reads its own rows of each weight, and the
     whole of each buffer that is saved with a model, from the model's safetensors files.
 
-    Raises DescError if one is not in them."""
+    Raises DescError if one is not in them, or has another shape there."""
     folder = locate(model.name_or_path)
     empty = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    shapes = {name: list(tensor.shape) for name, tensor in (empty | buffers).items()}
     values, read = {}, set()
     for path in weight_files(folder):
         read_header(path)  # refuses a file that is cut off
         with safe_open(path, "pt") as file:
+            for name in shapes.keys() & file.keys():
+                here, there = shapes[name], file.get_slice(name).get_shape()
+                if there != here:
+                    raise DescError(f"{path} holds {name} of shape {there}, not {here}")
             for name in empty.keys() & file.keys():
                 values[id(empty[name])] = read_parameter(file, name, empty[name])
             for name in buffers.keys() & file.keys():
