@@ -46,8 +46,8 @@ from desc.judging.forms import refuse_edited
 from desc.judging.judge import make_judge
 from desc.storage.adapters import adapter_digest
 from desc.storage.base import base_digest
-from desc.storage.files import read_lines, write_json
-from desc.storage.journal import Journal, journal_settings, work_key
+from desc.storage.files import write_json
+from desc.storage.journal import Journal, journal_settings, read_metrics, work_key
 from desc.strategies import read_strategies
 from desc.training import ranks
 
@@ -130,7 +130,7 @@ def read_curves(systems: list[System]) -> dict[str, list[dict]]:
         for task, adapter in system.adapters().items():
             log = Path(adapter) / "metrics.jsonl"
             if Path(adapter).name == "dpo" and log.exists():
-                curves[f"{system.name} {task}"] = read_lines(log)
+                curves[f"{system.name} {task}"] = read_metrics(log)
     return curves
 
 

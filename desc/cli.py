@@ -39,7 +39,9 @@ def resolve_auto(config: Config, device: torch.device, begun: dict | None = None
     natively, and today. Raises DescError if --date is no date."""
     native = str(native_dtype(device)).removeprefix("torch.")
     chosen = {"dtype": native, "date": date.today().isoformat()}
-    chosen = ranks.gather_objects({**chosen, **(begun or {})})[0]  # all ranks follow the first
+    if begun and begun.get("dtype") in ("bfloat16", "float32"):  # else its settings are damaged
+        chosen |= begun
+    chosen = ranks.gather_objects(chosen)[0]  # all ranks follow the first
     why = ""
     if config.dtype == "auto":
         config.dtype = chosen["dtype"]
@@ -51,7 +53,7 @@ def resolve_auto(config: Config, device: torch.device, begun: dict | None = None
         config.date = chosen["date"]
     try:
         date.fromisoformat(config.date)
-    except ValueError:
+    except (ValueError, TypeError):
         raise DescError(f"--date {config.date}: should be auto or a date like 2026-01-31") from None
     print(f"{config.model} computes in {config.dtype} on {device.type}{why}")
 

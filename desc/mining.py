@@ -15,7 +15,7 @@ from desc import DescError
 from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn, describe, read_field
 from desc.prompts import Messages, build_completion, build_messages
-from desc.storage.files import parse, read_text
+from desc.storage.files import read_lines
 from desc.strategies import Strategies
 
 MISMATCH = "strategy mismatch"
@@ -93,12 +93,8 @@ def read_pairs(path: Path, task: str) -> list[Pair]:
     Raises DescError naming the line that holds no such pair, one of another task, or an id that
     stands twice."""
     pairs, ids = [], set()
-    # not splitlines(): JSON may hold U+2028 and U+0085 as they are
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        pair = read_pair(parse(line, where), task, f"line {number}", where)
+    for where, record in read_lines(path).items():
+        pair = read_pair(record, task, where.removeprefix(f"{path}: "), where)
         if pair.id in ids:
             raise DescError(f"{where} has the id {pair.id!r} of a line before")
         ids.add(pair.id)

@@ -6,7 +6,7 @@ import pytest
 from scripts import lines
 
 from desc import DescError
-from desc.storage.journal import Journal, work_key
+from desc.storage.journal import Journal, read_metrics, seal, work_key
 
 A, B, C = ({"key": work_key(name), "reply": name} for name in "ABC")
 SETTINGS = {"temperature": 0.7, "seed": None}
@@ -23,7 +23,7 @@ def test_a_run_goes_on_after_what_is_whole(tmp_path):
     again = Journal(tmp_path / "new", "answers", SETTINGS)
     assert again.done == {record["key"]: record for record in (A, B, C)}
     assert again.finish([A["key"], B["key"]]) == [A, B]
-    assert lines(tmp_path / "new" / "answers.jsonl") == [SETTINGS, A, B, C]
+    assert lines(tmp_path / "new" / "answers.jsonl") == [SETTINGS, *map(seal, (A, B, C))]
     assert not part.exists()
     assert not other.exists()
     assert Journal(tmp_path / "new", "answers", SETTINGS).done == again.done
@@ -39,7 +39,50 @@ def test_other_settings_are_refused_half_way_and_begin_anew_at_the_end(tmp_path,
     assert Journal(tmp_path, "answers", other).done == {}
     assert "made with other settings" in capsys.readouterr().out
     # The old file stays until the new journal is finished.
-    assert lines(tmp_path / "answers.jsonl") == [SETTINGS, A]
+    assert lines(tmp_path / "answers.jsonl") == [SETTINGS, seal(A)]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"key": "1", "reply": "hfllo"',  # a flipped bit
+        b'{"key": "1", "reply": ["hello"]',
+        b'{"key": 1, "reply": "hello"',
+        b'{"kex": "1", "reply": "hello"',
+        b'{"reply": "hello"',
+    ],
+)
+def test_a_damaged_line_is_refused_and_stays(tmp_path, damaged):
+    journal = Journal(tmp_path, "answers", SETTINGS)
+    journal.append({"key": "1", "reply": "hello"})
+    part = tmp_path / "answers.0.jsonl"
+    whole = part.read_bytes()
+    part.write_bytes(whole.replace(b'{"key": "1", "reply": "hello"', damaged))
+    before = part.read_bytes()
+    assert before != whole
+    with pytest.raises(DescError, match=r"answers.0.jsonl: line 2 is"):
+        Journal(tmp_path, "answers", SETTINGS)
+    assert part.read_bytes() == before
+
+
+def test_damaged_settings_are_refused_while_a_run_is_under_way(tmp_path):
+    part = tmp_path / "answers.0.jsonl"
+    for settings in ("5", "[]", '{"temperature": 0.7, "seed": null, "more": 1}', "{}"):
+        part.write_text(f"{settings}\n")
+        with pytest.raises(DescError, match="answers.0.jsonl"):
+            Journal(tmp_path, "answers", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "record", ["5", "{}", '{"step": "1"}', '{"step": 1, "loss": NaN}', f'{{"step": {"9" * 400}}}']
+)
+def test_metrics_are_finite_numbers_of_steps(tmp_path, record):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}\n')
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5}]
+    path.write_text(f'{{"step": 1, "loss": 0.5}}\n\n{record}\n')
+    with pytest.raises(DescError, match="metrics.jsonl: line 3 is no record of a step"):
+        read_metrics(path)
 
 
 def test_a_key_tells_pieces_of_work_apart():

@@ -6,6 +6,7 @@ after it was replaced."""
 
 import json
 import shutil
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -237,6 +238,20 @@ def test_its_own_end_tokens_end_a_reply(folder, toy):
     (folder / "generation_config.json").unlink()
     edit_json(folder / "config.json", eos_token_id=5)
     assert load(str(folder), torch.float32)[0].generation_config.eos_token_id == [end, 5]
+
+
+def test_a_7b_without_its_weights_is_made_at_once(folder):
+    """Qwen2.5-7B's shapes: 7.6 billion weights on the meta device, in less than two seconds."""
+    (folder / WEIGHTS).unlink()
+    shape = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    shape |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+    shape |= {"head_dim": 128, "tie_word_embeddings": False}
+    edit_json(folder / "config.json", **shape)
+    begun = time.process_time()
+    model = load(str(folder), torch.bfloat16, empty=True)[0]
+    assert time.process_time() - begun < 2
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(7.6e9, rel=0.01)
+    assert all(p.is_meta for p in model.parameters())
 
 
 # --- adapters -------------------------------------------------------------------------------------

@@ -337,6 +337,10 @@ REFUSED = {
     "no rank": (lambda c, t: (without(c, "r"), t), "'r'"),
     "rank a string": (edit_config(r="4"), "'r'"),
     "no alpha": (lambda c, t: (without(c, "lora_alpha"), t), "lora_alpha"),
+    "alpha of 400 digits": (edit_config(lora_alpha=10**400), "lora_alpha"),
+    "alpha not finite": (edit_config(lora_alpha=float("nan")), "lora_alpha"),
+    "alpha zero": (edit_config(lora_alpha=0), "lora_alpha"),
+    "rank zero": (edit_config(r=0), "'r'"),
     "no targets": (lambda c, t: (without(c, "target_modules"), t), "target_modules"),
     "config a list": (lambda c, t: ([c], t), CONFIG),
     "another model's width": (

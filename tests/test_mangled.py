@@ -14,6 +14,7 @@ import math
 import os
 import random
 import struct
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -26,7 +27,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from scripts import ROOT, lines
+from scripts import ROOT, command, lines
 
 from desc import cli
 from desc.encoding import encode_example
@@ -49,7 +50,9 @@ from desc.strategies import ESCONV, read_strategies
 from desc.training.run import Run, resume
 
 SEED = 15
-FEW, MANY = 5, int(os.environ.get("MANY", 100))  # cases of each kind: always, and with --slow
+FEW, MANY = 5, int(os.environ.get("MANY", 150))  # cases of each kind: always, and with --slow
+RUNS = int(os.environ.get("RUNS", 6))  # cases of each script, with --slow
+PAIR_FILES = ("pairs.jsonl", "pairs.valid.jsonl")
 SAMPLE = ROOT / "desc" / "data" / "sample.json"
 LONGEST_LINE = 4000
 LONGEST_TIME = 60  # seconds that a case may take
@@ -292,6 +295,7 @@ class Kind:
     use: Callable[[Path], None]  # uses the folder, and checks what is accepted
     grows: tuple[str, ...] = ()  # files of a run under way, which a use may change though it fails
     made: dict[str, bytes] = field(default_factory=dict)  # what may replace a file: a whole run's
+    beside: dict[str, bytes] = field(default_factory=dict)  # files that are not damaged
 
 
 def is_text(value) -> bool:
@@ -365,7 +369,6 @@ def split_files(tools):
     def use(folder):
         strategies = read_strategies(str(folder / "taxonomy.txt"))
         assert len(strategies) >= 2 and all(is_text(name) for name in strategies)
-        (folder / "data.json").write_bytes(as_json(short_dialogues(5, 4)))
         splits = load_splits(
             str(folder / "data.json"), str(folder / "split.json"), strategies, seed=0
         )
@@ -373,7 +376,7 @@ def split_files(tools):
         assert len(set(ids)) == len(ids) <= 5 and all(splits[name] for name in SPLITS)
         check_dialogues(splits["train"], strategies, tools.toy[1])
 
-    return Kind(data, use)
+    return Kind(data, use, beside={"data.json": as_json(short_dialogues(5, 4))})
 
 
 def pair_files(tools):
@@ -684,11 +687,11 @@ def mining_journals(tools):
         "out/sp/answers.1.jsonl": settings + records[2],
         "out/sp/calls.0.jsonl": as_lines([{}, call]),
     }
-    pairs = ("out/sp/pairs.jsonl", "out/sp/pairs.valid.jsonl")
 
     def use(folder):
         mine(tools, folder)
-        for name in pairs:
+        for name in PAIR_FILES:
+            name = f"out/sp/{name}"
             assert (folder / name).read_bytes() == made[name], "other pairs than a whole run's"
 
     data = made | {"out/sp/answers.jsonl": settings + records[0]} | parts
@@ -724,6 +727,73 @@ def evaluation_journals(tools):
     return Kind(made, use, made=made)
 
 
+def run_script(folder: Path, script: str, *flags) -> None:
+    """A script in a process of its own, in that folder. Raises Refusal if it ends in an error."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    streams = {"capture_output": True, "text": True, "errors": "replace", "env": environment}
+    done = subprocess.run(command(script, *flags), cwd=folder, **streams)
+    check_words(done.stdout)
+    if done.returncode == 0:
+        return
+    line = done.stderr.rstrip("\n").rpartition("\n")[2]
+    is_one = line.startswith("error: ") and "Traceback" not in done.stderr
+    assert done.returncode == 1 and is_one, f"ends with {done.returncode}: {done.stderr[-1500:]}"
+    raise Refusal(line)
+
+
+LEARN = "--model toy --dtype float32 --epochs 1 --batch-size 100 --rank 2 --targets q_proj".split()
+
+
+def finished_adapter(tools, folder: str) -> dict[str, bytes]:
+    """The files of an adapter in that folder, by name."""
+    save_adapter(adapted(tools.toy, "sft"), tools.folder / folder)
+    (tools.folder / folder / "metrics.jsonl").write_bytes(as_lines([{"step": 1, "loss": 0.5}]))
+    return {name: data for name, data in snapshot(tools.folder).items() if folder in name}
+
+
+def script_train_sft(tools):
+    flags = ["--task", "sp", "--data", "sample.json", *LEARN]
+    data = {"sample.json": as_json({"dialogues": short_dialogues(4, 6)})}
+    beside = finished_adapter(tools, "out/sp/sft")
+    return Kind(data, lambda folder: run_script(folder, "train_sft.py", *flags), beside=beside)
+
+
+def script_train_annotator(tools):
+    flags = ["--task", "annotate", "--labels", "labels.jsonl", "--label-map", "map.json", *LEARN]
+    data = label_files(tools).data
+    data.pop("published.json")
+    beside = finished_adapter(tools, "out/annotate/sft")
+    return Kind(data, lambda folder: run_script(folder, "train_sft.py", *flags), beside=beside)
+
+
+def script_train_dpo(tools):
+    flags = ["--task", "sp", "--pairs", "pairs", *LEARN]
+    data = {f"pairs/{name}": pair_files(tools).data["pairs.jsonl"] for name in PAIR_FILES}
+    data |= finished_adapter(tools, "out/sp/sft")
+    beside = finished_adapter(tools, "out/sp/dpo")
+    return Kind(data, lambda folder: run_script(folder, "train_dpo.py", *flags), beside=beside)
+
+
+def script_review(tools):
+    flags = ["--task", "rg", "--agreement", "review.csv"]
+    data = review_files(tools).data
+    return Kind(data, lambda folder: run_script(folder, "mine_preferences.py", *flags))
+
+
+def script_ratings(tools):
+    data = rating_files(tools).data
+    flags = ["--correlate", "ratings.csv"]
+    return Kind(data, lambda folder: run_script(folder, "evaluate.py", *flags))
+
+
+def script_evaluate(tools):
+    data = evaluation_journals(tools).data
+    flags = ["--model", "toy", "--systems", "dpo=sp:out/sp/dpo", "--report", "report.html"]
+    beside = {"data.json": as_json(short_dialogues(10, 4))}
+    flags += ["--data", "data.json", "--dtype", "float32"]
+    return Kind(data, lambda folder: run_script(folder, "evaluate.py", *flags), beside=beside)
+
+
 KINDS = {
     "dialogues": dialogue_files,
     "splits": split_files,
@@ -739,6 +809,14 @@ KINDS = {
     "mining": mining_journals,
     "evaluation": evaluation_journals,
 }
+SCRIPTS = {
+    "train_sft.py": script_train_sft,
+    "train_sft.py annotate": script_train_annotator,
+    "train_dpo.py": script_train_dpo,
+    "mine_preferences.py": script_review,
+    "evaluate.py correlate": script_ratings,
+    "evaluate.py": script_evaluate,
+}
 
 
 def try_case(kind: str, number: int, made: Kind, tools) -> tuple[str, str | None]:
@@ -746,7 +824,7 @@ def try_case(kind: str, number: int, made: Kind, tools) -> tuple[str, str | None
     no refusal, if the case fails."""
     rng = random.Random(f"{SEED} {kind} {number}")
     folder = tools.folder / f"{kind}-{number}"
-    for name, content in made.data.items():
+    for name, content in (made.data | made.beside).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     case = f"DESC_MANGLED='{kind} {number}' (seed {SEED}): {mangle(folder, list(made.data), rng)}"
@@ -755,7 +833,8 @@ def try_case(kind: str, number: int, made: Kind, tools) -> tuple[str, str | None
         line = end_of(lambda: made.use(folder), tools.monkeypatch)
         assert time.monotonic() - begun < LONGEST_TIME, "takes too long"
         if line is not None:
-            check_line(line, ["127.0.0.1", str(folder), *made.data])
+            parents = {str(Path(name).parent) for name in made.data} - {"."}
+            check_line(line, ["127.0.0.1", str(folder), *made.data, *parents])
             after = snapshot(folder)
             harmed = [
                 name
@@ -768,32 +847,48 @@ def try_case(kind: str, number: int, made: Kind, tools) -> tuple[str, str | None
     return case, line
 
 
-def cases(number: int, *marks) -> list:
-    return [pytest.param(kind, range(number), id=f"{kind}-{number}", marks=marks) for kind in KINDS]
-
-
-@pytest.mark.parametrize("kind, numbers", cases(FEW) + cases(MANY, pytest.mark.slow))
-def test_a_damaged_file_is_used_rightly_or_refused_in_one_line(
-    kind, numbers, toy, server, monkeypatch, tmp_path, capsys
-):
-    alone = os.environ.get("DESC_MANGLED", f"{kind} ").split(" ")
-    if alone[0] != kind:
+def try_cases(kind: str, numbers, tools, capsys) -> None:
+    """Print the counts. Raises AssertionError with all cases that fail."""
+    chosen, _, alone = os.environ.get("DESC_MANGLED", f"{kind} ").rpartition(" ")
+    if chosen != kind:
         pytest.skip("another case alone")
-    tools = SimpleNamespace(toy=toy, server=server, monkeypatch=monkeypatch, folder=tmp_path)
-    made = KINDS[kind](tools)
+    made = (KINDS | SCRIPTS)[kind](tools)
+    if alone:
+        try_case(kind, int(alone), made, tools)
+        return
     failures, refused = [], 0
-    numbers = [int(alone[1])] if alone[1] else numbers
     for number in numbers:
         try:
-            case, line = try_case(kind, number, made, tools)
+            _, line = try_case(kind, number, made, tools)
             refused += line is not None
         except AssertionError as failure:
-            if alone[1]:
-                raise
             failures.append(str(failure))
+    accepted = len(numbers) - refused - len(failures)
     with capsys.disabled():
         print(
-            f"\n{kind}: {len(numbers)} cases, {len(numbers) - refused - len(failures)} accepted,"
-            f" {refused} refused, {len(failures)} failures"
+            f"\n{kind}: {len(numbers)} cases, {accepted} accepted, {refused} refused,"
+            f" {len(failures)} failures"
         )
     assert not failures, f"{len(failures)} failures\n" + "\n".join(failures)
+
+
+@pytest.fixture
+def tools(toy, server, monkeypatch, tmp_path):
+    return SimpleNamespace(toy=toy, server=server, monkeypatch=monkeypatch, folder=tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_used_rightly_or_refused_in_one_line(kind, tools, capsys):
+    try_cases(kind, range(FEW), tools, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_damaged_files_are_used_rightly_or_refused_in_one_line(kind, tools, capsys):
+    try_cases(kind, range(FEW, MANY), tools, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_uses_a_damaged_file_rightly_or_ends_in_one_line(script, tools, capsys):
+    try_cases(script, range(RUNS), tools, capsys)

@@ -130,7 +130,7 @@ def test_names_that_are_not_utf8_are_kept(tmp_path):
     write_json(tmp_path / "x.json", {"out": name})
     append_line(tmp_path / "x.jsonl", {"out": name})
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["out"] == name
-    assert read_lines(tmp_path / "x.jsonl") == [{"out": name}]
+    assert list(read_lines(tmp_path / "x.jsonl").values()) == [{"out": name}]
     out = tmp_path / name
     options = ("--task", "sp", "--model", "toy", "--train-dialogues", 1, "--eval-dialogues", 1)
     run("mine_preferences.py", *options, "--out", out)

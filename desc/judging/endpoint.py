@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_all
 from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -200,7 +201,14 @@ class Endpoint:
         def ask_one(i: int) -> Completion:
             return self.ask(conversations[i], task, readable, seed=seed + i, **settings)
 
-        return list(self.pool.map(ask_one, range(len(conversations))))
+        futures = [self.pool.submit(ask_one, i) for i in range(len(conversations))]
+        try:
+            return [future.result() for future in futures]
+        except DescError:
+            for future in futures:
+                future.cancel()
+            wait_for_all(futures)  # what is under way is paid for, so it is kept
+            raise
 
     def ask(
         self, messages: Messages, task: str, readable: Callable[[str], bool] = bool, **settings

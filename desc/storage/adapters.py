@@ -36,6 +36,7 @@ UNSUPPORTED = (
     "use_qalora",
 )
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", None)  # others change the base, too
+LARGEST = 1_000_000  # r or lora_alpha: no adapter has more, so a larger number is damage
 REQUIRED = {"r": int, "lora_alpha": (int, float), "target_modules": (list, str)}
 
 
@@ -64,6 +65,8 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     wrong = [name for name, kind in REQUIRED.items() if not isinstance(settings.get(name), kind)]
     if not wrong and not all(isinstance(name, str) for name in settings["target_modules"]):
         wrong = ["target_modules"]
+    if not wrong:  # a float must hold their quotient, and NaN is no number from 0 on
+        wrong = [name for name in ("r", "lora_alpha") if not 0 < settings[name] <= LARGEST]
     if wrong:
         raise DescError(f"{folder}: {CONFIG} has no valid {', '.join(map(repr, wrong))}")
     if settings.get("init_lora_weights", True) not in PLAIN_INITS:

@@ -16,10 +16,12 @@ from desc.storage.files import write_bytes
 KEPT = 2  # checkpoints; if the newest is damaged, the one before it is used
 
 
-def refuse_differing(path: Path, begun: dict, settings: dict) -> None:
-    """Raises DescError if what is half done in `path` was begun with other settings, naming
+def refuse_differing(path: Path, begun, settings: dict) -> None:
+    """Raises DescError if what is half done in `path` was `begun` with other settings, naming
     them."""
-    differing = [name for name in settings if begun.get(name) != settings[name]]
+    if not isinstance(begun, dict):
+        raise DescError(f"{path}: its settings are damaged; delete it to start anew")
+    differing = [name for name in begun | settings if begun.get(name) != settings.get(name)]
     if differing:
         raise DescError(
             f"{path} was begun with another {', '.join(differing)}: run with the same, or delete it"

@@ -125,21 +125,17 @@ def parse(text: str, where: str):
         ) from None
 
 
-def read_lines(path: str | Path) -> list:
-    """The values of JSON lines; blank lines are left out. Raises DescError naming the line that is
-    no JSON."""
+def read_lines(path: str | Path) -> dict[str, object]:
+    """{"PATH: line 1": its value} of JSON lines; blank lines are left out. Raises DescError naming
+    the line that is no JSON."""
     return parse_lines(read_text(path), path)
 
 
-def parse_lines(text: str, path: str | Path) -> list:
-    """The values of the JSON lines in a text that was read from `path`; see read_lines."""
+def parse_lines(text: str, path: str | Path) -> dict[str, object]:
+    """read_lines of a text that was read from `path`."""
     # not splitlines(): JSON may hold U+2028 and U+0085 as they are
-    lines = text.split("\n")
-    return [
-        parse(line, f"{path}: line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    lines = {f"{path}: line {number}": line for number, line in enumerate(text.split("\n"), 1)}
+    return {where: parse(line, where) for where, line in lines.items() if line.strip()}
 
 
 def read_records(path: str | Path) -> list:
@@ -148,7 +144,7 @@ def read_records(path: str | Path) -> list:
     text = read_text(path)
     first = text.strip().partition("\n")[0].rstrip()
     if first.startswith("{") and first.endswith("}"):
-        return parse_lines(text, path)  # read once, because it may be a pipe
+        return list(parse_lines(text, path).values())  # read once, because it may be a pipe
     whole = parse(text, f"{path}:")
     if not isinstance(whole, (list, dict)):
         raise DescError(f"{path}: should hold a list or an object, not {text.strip()[:60]}")

@@ -4,9 +4,11 @@ there, on any number of ranks."""
 import hashlib
 import json
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
+from desc import DescError
 from desc.storage.checkpoint import refuse_differing
 from desc.storage.files import append_line, drop_torn_line, encode_text, read_lines, write_lines
 
@@ -35,10 +37,44 @@ def part_files(folder: Path, name: str) -> list[Path]:
 
 
 def first_line(path: Path) -> dict:
-    """The first JSON line of a file; {} if there is none, or if a kill cut it off."""
-    with suppress(FileNotFoundError, ValueError), open(path, encoding="utf-8") as file:
-        return json.loads(file.readline())
+    """The first JSON line of a file; {} if it is no object, as if a kill cut it off."""
+    with suppress(OSError, ValueError, RecursionError), open(path, encoding="utf-8") as file:
+        settings = json.loads(file.readline())
+        return settings if isinstance(settings, dict) else {}
     return {}
+
+
+def seal(record: dict) -> dict:
+    """The record with a digest of itself, by which one that was damaged is told."""
+    return record | {"digest": work_key(json.dumps(record))}
+
+
+def unseal(record, where: str) -> dict:
+    """The record in a line at `where`. Raises DescError if it was damaged.
+
+    Lines of older versions have no digest, so of them only the key is checked."""
+    if isinstance(record, dict) and isinstance(record.get("key"), str):
+        whole = {name: value for name, value in record.items() if name != "digest"}
+        if "digest" not in record or record == seal(whole):
+            return whole
+    raise DescError(f"{where} is damaged: delete it, and what it held is asked for again")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a training run's metrics.jsonl: finite numbers, of which "step" is an integer.
+
+    Raises DescError naming the line that is no such record."""
+    lines = read_lines(path)
+    for where, record in lines.items():
+        is_record = isinstance(record, dict) and type(record.get("step")) is int
+        if not is_record or not all(map(is_finite, record.values())):
+            raise DescError(f"{where} is no record of a step: delete this line")
+    return list(lines.values())
+
+
+def is_finite(value) -> bool:
+    """Whether a JSON value is a number that a float can hold."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 class Journal:
@@ -46,8 +82,8 @@ class Journal:
     of a run under way.
 
     The first line of each file holds the settings. After it comes one record for each unit of work,
-    whole on disk once `append` returns. `rank` is this process's number among `world_size`, and
-    `wait_for_all` returns once every rank has called it."""
+    whole on disk once `append` returns, and sealed by a digest. `rank` is this process's number
+    among `world_size`, and `wait_for_all` returns once every rank has called it."""
 
     def __init__(
         self,
@@ -76,16 +112,18 @@ class Journal:
 
     def read(self) -> dict[str, dict]:
         """The records by key: of the finished run if it had the same settings, and of the one under
-        way."""
-        records = []
+        way. Raises DescError naming the line that was damaged."""
+        sealed = []  # (where, record)
         if self.whole.exists():
-            lines = read_lines(self.whole)
-            records = lines[1:] if lines[:1] == [self.settings] else []
+            lines = list(read_lines(self.whole).items())
+            if lines and lines[0][1] == self.settings:
+                sealed += lines[1:]
         for part in self.parts():
-            lines = read_lines(part)
+            lines = list(read_lines(part).items())
             if lines:
-                refuse_differing(part, lines[0], self.settings)
-                records += lines[1:]
+                refuse_differing(part, lines[0][1], self.settings)
+                sealed += lines[1:]
+        records = [unseal(record, where) for where, record in sealed]
         return {record["key"]: record for record in records}
 
     def left_for_me(self, work: dict) -> list[tuple]:
@@ -96,14 +134,14 @@ class Journal:
     def append(self, record: dict) -> None:
         if not self.mine.exists() or not self.mine.stat().st_size:
             write_lines(self.mine, [self.settings])
-        append_line(self.mine, record)
+        append_line(self.mine, seal(record))
 
     def finish(self, keys: list[str]) -> list[dict]:
         """All ranks' records in the order of `keys`. Nothing half done stays. Only the first rank
         may call this, after all have done their work."""
         done = self.read()
         records = {key: done[key] for key in keys}
-        write_lines(self.whole, [self.settings, *(records | done).values()])
+        write_lines(self.whole, [self.settings, *map(seal, (records | done).values())])
         self.discard()
         return list(records.values())
 

@@ -21,8 +21,8 @@ from desc.sampling import seed_of
 from desc.storage.adapters import write_adapter
 from desc.storage.base import base_digest
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
-from desc.storage.files import append_line, drop_torn_line, read_lines, write_bytes, write_lines
-from desc.storage.journal import work_key
+from desc.storage.files import append_line, drop_torn_line, write_bytes, write_lines
+from desc.storage.journal import read_metrics, work_key
 from desc.training.batches import all_batches
 from desc.training.ranks import (
     gather_objects,
@@ -158,7 +158,7 @@ def resume(run: Run) -> None:
         run.optimizer.state[p] = state
     if rank() == 0:
         drop_torn_line(metrics)
-        kept = [record for record in read_lines(metrics) if record["step"] <= run.step]
+        kept = [record for record in read_metrics(metrics) if record["step"] <= run.step]
         write_lines(metrics, kept)
 
 
