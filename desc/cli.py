@@ -39,8 +39,11 @@ def resolve_auto(config: Config, device: torch.device, begun: dict | None = None
     natively, and today. Raises DescError if --date is no date."""
     native = str(native_dtype(device)).removeprefix("torch.")
     chosen = {"dtype": native, "date": date.today().isoformat()}
-    if begun and begun.get("dtype") in ("bfloat16", "float32"):  # else its settings are damaged
-        chosen |= begun
+    begun = begun or {}
+    if begun.get("dtype") in ("bfloat16", "float32"):  # else damaged, as the run will find
+        chosen["dtype"] = begun["dtype"]
+    if is_date(begun.get("date")):
+        chosen["date"] = begun["date"]
     chosen = ranks.gather_objects(chosen)[0]  # all ranks follow the first
     why = ""
     if config.dtype == "auto":
@@ -51,11 +54,18 @@ def resolve_auto(config: Config, device: torch.device, begun: dict | None = None
             why = ", because bfloat16 would be emulated here"
     if config.date == "auto":
         config.date = chosen["date"]
-    try:
-        date.fromisoformat(config.date)
-    except (ValueError, TypeError):
-        raise DescError(f"--date {config.date}: should be auto or a date like 2026-01-31") from None
+    if not is_date(config.date):
+        raise DescError(f"--date {config.date}: should be auto or a date like 2026-01-31")
     print(f"{config.model} computes in {config.dtype} on {device.type}{why}")
+
+
+def is_date(day) -> bool:
+    """Whether a value is a date in ISO 8601."""
+    try:
+        date.fromisoformat(day)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def claim_folders(*folders: Path) -> None:

@@ -236,7 +236,11 @@ def load_adapter(model, folder: str | Path, name: str, trainable: bool = False) 
     halves = match_halves(folder, tensors, linears, settings["r"])
     # PEFT may have been told to leave layers out; then it cannot be known which are missing.
     partial = settings.get("layers_to_transform") is not None or settings.get("exclude_modules")
-    missing = [] if partial else targeted(linears, settings["target_modules"]) - halves.keys()
+    try:
+        missing = set() if partial else targeted(linears, settings["target_modules"])
+    except DescError as error:
+        raise DescError(f"{folder}: {error}") from None
+    missing -= halves.keys()
     if missing or not halves:
         raise DescError(f"{folder}: has no weights for {', '.join(sorted(missing)) or 'any layer'}")
     if not lora_layers(model):

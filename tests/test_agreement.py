@@ -420,6 +420,24 @@ def test_a_review_is_held_against_its_own_key_alone(review, tmp_path):
         read_review(review)
 
 
+def test_a_cell_longer_than_any_of_a_csv_is_refused(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("empathy judge,empathy human," + "x" * 200_000 + "\n1,2,3\n")
+    with pytest.raises(DescError, match=r"own.csv: line \d is no line of a CSV \(field larger"):
+        correlate_ratings(path)
+
+
+def test_a_key_that_lacks_an_empty_cell_is_read_as_if_it_had_it(tmp_path):
+    path = tmp_path / "ratings.csv"
+    rated = dict.fromkeys(RUBRICS, 3) | {"helpfulness": None}
+    records = {"sft": [{"replies": ["a"], "ratings": [rated]}]}
+    write_ratings(path, [talk("0", "x")], records)
+    path.write_bytes(path.read_bytes().replace(b",3,,3,,3,,", b",3,1,3,2,3,4,"))
+    before = correlate_ratings(path)
+    change_key(path, lambda rows: [row.pop("helpfulness judge") for row in rows])
+    assert correlate_ratings(path) == before
+
+
 @pytest.mark.parametrize(
     "change, problem",
     [

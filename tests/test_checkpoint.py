@@ -15,13 +15,14 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import save
 from scripts import ROOT, command, lines, run
 from tqdm import tqdm
 
 from desc import DescError
 from desc.flags import TrainConfig, training_settings
 from desc.lora import add_adapter, lora_layers
-from desc.storage.checkpoint import read_checkpoint, write_checkpoint
+from desc.storage.checkpoint import checkpoint_settings, read_checkpoint, write_checkpoint
 from desc.storage.files import write_bytes
 from desc.training.run import Run, keep_best, save_artefact
 
@@ -76,6 +77,15 @@ def test_a_damaged_checkpoint_is_left_aside_and_the_one_before_used(tmp_path, ca
         facts, _ = read_checkpoint(tmp_path, SETTINGS)
         assert facts["step"] == 5
         assert "00000010.safetensors is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", ["7", "[]", "[" * 100_000 + "]" * 100_000])
+def test_facts_that_are_none_are_left_aside(tmp_path, settings):
+    write(tmp_path, 5)
+    facts = f'{{"step": 10, "settings": {settings}, "digest": ""}}'
+    (tmp_path / "00000010.safetensors").write_bytes(save(tensors(10), {"desc": facts}))
+    assert read_checkpoint(tmp_path, SETTINGS)[0]["step"] == 5
+    assert checkpoint_settings(tmp_path) == SETTINGS
 
 
 def test_no_readable_checkpoint_is_an_error(tmp_path):
@@ -301,5 +311,5 @@ def test_weights_that_are_not_finite_are_not_saved(toy, tmp_path):
     layer = next(iter(lora_layers(model).values()))
     layer.adapters["sft"].B.data[0, 0] = torch.nan
     with pytest.raises(DescError, match="values that are not finite; lower --lr"):
-        save_artefact(model, None, tmp_path / "sft")
+        save_artefact(model, None, tmp_path / "sft", "")
     assert not (tmp_path / "sft").exists()

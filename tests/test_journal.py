@@ -67,7 +67,7 @@ def test_a_damaged_line_is_refused_and_stays(tmp_path, damaged):
 
 def test_damaged_settings_are_refused_while_a_run_is_under_way(tmp_path):
     part = tmp_path / "answers.0.jsonl"
-    for settings in ("5", "[]", '{"temperature": 0.7, "seed": null, "more": 1}', "{}"):
+    for settings in ("5", "[]", "{}"):
         part.write_text(f"{settings}\n")
         with pytest.raises(DescError, match="answers.0.jsonl"):
             Journal(tmp_path, "answers", SETTINGS)

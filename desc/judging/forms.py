@@ -123,7 +123,7 @@ def read_table(path: Path, needed: Sequence[str]) -> tuple[list[str], dict[int, 
     if preamble:
         text = text[preamble.end() :]
     head = re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
-    separator = max(SEPARATORS, key=lambda mark: len(next(csv.reader([head], delimiter=mark), ())))
+    separator = max(SEPARATORS, key=lambda mark: count_cells(head, mark))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         lines = list(reader)
@@ -147,6 +147,14 @@ def read_table(path: Path, needed: Sequence[str]) -> tuple[list[str], dict[int, 
         if any(cell.strip() for cell in cells):
             rows[number] = dict(zip(columns, cells))
     return columns, rows
+
+
+def count_cells(head: str, separator: str) -> int:
+    """The number of cells in a line of a CSV; 0 if it is none."""
+    try:
+        return len(next(csv.reader([head], delimiter=separator), ()))
+    except csv.Error:
+        return 0
 
 
 def read_csv_text(path: Path) -> str:
@@ -175,7 +183,8 @@ def read_filled(
     place = key_path(path)
     key = {}
     for number, row in enumerate(read_key(path)["rows"], 1):
-        kept = {column: "" if cell is None else str(cell) for column, cell in row.items()}
+        kept = dict.fromkeys(columns, "")
+        kept |= {column: "" if cell is None else str(cell) for column, cell in row.items()}
         for column in (*index, *hidden):
             if not kept.get(column, "").strip():
                 raise DescError(f"{place}: row {number} has no {column!r}, so it cannot be used")
@@ -196,7 +205,7 @@ def read_filled(
         if name in filled:
             raise DescError(f"{where}: {name} stands twice")
         for column in columns:
-            if column not in FOR_PEOPLE and not is_same(row[column], key[name].get(column, "")):
+            if column not in FOR_PEOPLE and not is_same(row[column], key[name][column]):
                 raise DescError(
                     f"{where}: {column!r} is not as {place.name} has it for {name}: the cell was"
                     " changed, or this is another file's key"

@@ -13,6 +13,8 @@ from safetensors.torch import save
 from desc import DescError
 from desc.storage.files import write_bytes
 
+# What reading a damaged one raises.
+UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError)
 KEPT = 2  # checkpoints; if the newest is damaged, the one before it is used
 
 
@@ -21,7 +23,7 @@ def refuse_differing(path: Path, begun, settings: dict) -> None:
     them."""
     if not isinstance(begun, dict):
         raise DescError(f"{path}: its settings are damaged; delete it to start anew")
-    differing = [name for name in begun | settings if begun.get(name) != settings.get(name)]
+    differing = [name for name in settings if begun.get(name) != settings[name]]
     if differing:
         raise DescError(
             f"{path} was begun with another {', '.join(differing)}: run with the same, or delete it"
@@ -54,9 +56,11 @@ def write_checkpoint(folder: Path, facts: dict, tensors: dict[str, torch.Tensor]
 def checkpoint_settings(folder: Path) -> dict:
     """The settings of the run whose checkpoints lie in `folder`; {} if none can be read."""
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
-        with suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
+        with suppress(*UNREADABLE):
             with safe_open(path, "pt") as file:
-                return json.loads(file.metadata()["desc"])["settings"]
+                settings = json.loads(file.metadata()["desc"])["settings"]
+            if isinstance(settings, dict):
+                return settings
     return {}
 
 
@@ -75,7 +79,7 @@ def read_checkpoint(folder: Path, settings: dict) -> tuple[dict, dict[str, torch
                 {key: value for key, value in facts.items() if key != "digest"}, tensors
             ):
                 raise ValueError("its digest is another")
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             print(f"{path} is damaged and left aside ({error})")
             continue
         refuse_differing(folder, facts["settings"], settings)
