@@ -30,8 +30,9 @@ from desc.evaluation.tables import mining_table
 from desc.flags import MANY, AskConfig, SampleConfig, TaskConfig, answer_settings, flag, parse
 from desc.judging import agreement
 from desc.judging.annotator import make_annotator
-from desc.judging.endpoint import Endpoint, EndpointSampler
+from desc.judging.endpoint import Endpoint
 from desc.judging.forms import refuse_edited
+from desc.judging.sampler import EndpointSampler
 from desc.mining import ROUTINGS, Answer, account, annotate, answer_dialogue, route
 from desc.sampling import LocalSampler
 from desc.storage.adapters import adapter_digest

@@ -26,7 +26,7 @@ from desc.flags import MANY, TrainConfig, flag, parse
 from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, train_adapters
 from desc.losses import dpo_loss
-from desc.mining import Pair, encode_pair, read_pairs
+from desc.pairs import Pair, encode_pair, read_pairs
 from desc.storage.adapters import adapter_digest
 from desc.storage.checkpoint import checkpoint_settings
 from desc.strategies import read_strategies

@@ -22,7 +22,7 @@ from desc.esconv import Dialogue
 from desc.forward import sequence_logps
 from desc.lora import adapter_off
 from desc.losses import dpo_loss
-from desc.mining import Pair, encode_pair
+from desc.pairs import Pair, encode_pair
 from desc.prompts import build_examples
 from desc.strategies import read_strategies
 from desc.tree import Forest

@@ -18,13 +18,15 @@ The method, in reading order; each file imports only those above it
     lora          adapters: the layer, switching, stacking, merging
     losses        SFT and DPO, pure functions of log-probabilities
     sampling      exact distributions over strategies; replies that grow on the tree
+    pairs         preference pairs, and the files that hold them
     mining        answer, annotate, route: from errors to preference pairs
     metrics       preference bias B, Q, and intervals
 
 The wings; they import the method, never the reverse
     training/     batches, the run and its optimizer, validation, ranks, sharding, the memory
                   estimate
-    judging/      annotator, judge, the endpoint that both may ask, agreement with people
+    judging/      annotator, judge, the endpoint that both may ask, agreement with people, and the
+                  tables that people fill in
     evaluation/   systems, scores, tables, text overlap, the report page and its figures;
                   imports judging, too
     chat/         python -m desc.chat

@@ -11,7 +11,7 @@ from scripts import ROOT
 
 METHOD = (  # in reading order: each may import those before it
     "strategies esconv prompts templates encoding tree attention forward exactness modeling lora"
-    " losses sampling mining metrics"
+    " losses sampling pairs mining metrics"
 ).split()
 MAY_IMPORT = {
     "storage": set(),

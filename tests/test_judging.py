@@ -24,8 +24,9 @@ from desc.judging.annotator import (
     read_guide,
 )
 from desc.judging.completions import CUT_OFF, EMPTY, ODD, OTHER_FORM, Completion, strip_thoughts
-from desc.judging.endpoint import Endpoint, EndpointSampler, read_template_options
+from desc.judging.endpoint import Endpoint, read_template_options
 from desc.judging.judge import RUBRICS, Opinion, build_judge_messages, contest, make_judge, rate
+from desc.judging.sampler import EndpointSampler
 from desc.lora import add_adapter, lora_layers
 from desc.mining import LABELS, UNREADABLE, Annotation, Case
 from desc.strategies import ESCONV

@@ -35,12 +35,14 @@ from desc.esconv import SPLITS, load_dialogues, load_splits
 from desc.flags import Config, SampleConfig
 from desc.judging import agreement
 from desc.judging.annotator import EndpointAnnotator
-from desc.judging.endpoint import Endpoint, EndpointSampler
+from desc.judging.endpoint import Endpoint
 from desc.judging.judge import DIGITS, EndpointJudge, build_judge_messages
 from desc.judging.labels import annotate_labelled, balance, read_labels
+from desc.judging.sampler import EndpointSampler
 from desc.lora import add_adapter, export_adapters, lora_layers, save_adapter
-from desc.mining import LABELS, UNREADABLE, Annotation, Answer, Case, encode_pair, read_pairs
+from desc.mining import LABELS, UNREADABLE, Annotation, Answer, Case
 from desc.modeling import load
+from desc.pairs import encode_pair, read_pairs
 from desc.prompts import build_examples
 from desc.storage import files
 from desc.storage.adapters import adapter_digest

@@ -13,15 +13,14 @@ from desc.mining import (
     Annotation,
     Answer,
     Case,
-    Pair,
     Routed,
     account,
     annotate,
     answer_dialogue,
     find_error,
-    read_pairs,
     route,
 )
+from desc.pairs import Pair, read_pairs
 from desc.storage.files import write_lines
 from desc.strategies import ESCONV
 
