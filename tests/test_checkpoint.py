@@ -24,7 +24,8 @@ from desc.flags import TrainConfig, training_settings
 from desc.lora import add_adapter, lora_layers
 from desc.storage.checkpoint import checkpoint_settings, read_checkpoint, write_checkpoint
 from desc.storage.files import write_bytes
-from desc.training.run import Run, keep_best, save_artefact
+from desc.training.artefacts import save_artefact
+from desc.training.run import Run, keep_best
 
 SETTINGS = {"lr": 0.1, "seed": 0}
 

@@ -17,6 +17,7 @@ from desc.lora import adapter_off, add_adapter, lora_layers
 from desc.losses import dpo_loss, sft_loss
 from desc.modeling import load
 from desc.prompts import build_examples
+from desc.training.artefacts import serving_advice
 from desc.training.batches import encode_all, make_batches, prepare_ahead
 from desc.training.estimate import estimate, memory
 from desc.training.run import (
@@ -24,7 +25,6 @@ from desc.training.run import (
     clip_and_step,
     learning_rate,
     save_checkpoint_if_due,
-    serving_advice,
     write_pending,
 )
 from desc.training.speed import compile_layers, recompute_activations

@@ -3,22 +3,18 @@
 Such servers are vLLM, SGLang, llama.cpp's, `transformers serve` and hosted ones."""
 
 import json
-import math
-import os
 import random
 import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_all
 from dataclasses import asdict, replace
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
 
 from desc import DescError
 from desc.flags import AskConfig
@@ -31,6 +27,7 @@ from desc.judging.completions import (
     format_unread,
     read_completion,
 )
+from desc.judging.transport import BadStatus, find_address, post, read_key
 from desc.prompts import Messages
 from desc.storage.journal import Journal, work_key
 from desc.training import ranks
@@ -40,21 +37,10 @@ OPTIONAL = ("response_format", "seed", "chat_template_kwargs")
 NOT_UNDERSTOOD = (400, 422)  # what a server answers to a setting that it does not know
 TEMPORARY = (408, 409, 429)  # as is any status from 500
 LONGEST_WAIT = 600  # seconds; a server that asks to wait longer ends the run
-LONGEST_BODY = 10_000_000  # bytes; no chat completion is longer
 MORE_ROOM = 4  # times as many tokens for the second try of an answer that was cut off
 
 # The first character of chat templates' own marks, such as "<|im_end|>", "</s>" and "[INST]".
 MARK = re.compile(r"<(?=[|｜/_A-Za-z])|\[(?=\||/?g?[A-Z_]+\])|◁")
-
-
-class BadStatus(Exception):
-    """The server answered with a status that is no success."""
-
-    def __init__(self, status: int, complaint: str, seconds: float = 0.0):
-        super().__init__(status)
-        self.status = status
-        self.complaint = complaint  # in the server's words
-        self.seconds = seconds  # that it asks to wait
 
 
 class Refused(DescError):
@@ -86,38 +72,6 @@ def read_template_options(text: str | None) -> dict:
             """--template-options should be a JSON object, such as '{"enable_thinking": false}'"""
         )
     return options
-
-
-def read_key() -> str | None:
-    """The key in $DESC_API_KEY. Raises DescError if no header can hold it."""
-    key = os.environ.get("DESC_API_KEY", "")
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise DescError(
-            "$DESC_API_KEY holds a line break, a blank or a character that no key has: set it again"
-        )
-    return key or None
-
-
-def find_address(url: str) -> tuple[str, str]:
-    """(the address of chat completions, what messages call the server) of an --endpoint.
-
-    The path may leave out "/v1". Messages name the host alone, because a path may hold a key.
-    Raises DescError if it is no such URL."""
-    try:
-        parsed = get_session().build_request("POST", url).url
-    except Exception:  # the client's errors for this have no common class
-        parsed = None
-    if parsed is None or parsed.scheme not in ("http", "https") or not parsed.host:
-        raise DescError("--endpoint should be a URL such as http://127.0.0.1:8000/v1")
-    if parsed.userinfo or "?" in url or "#" in url:
-        raise DescError(
-            "--endpoint should have no user, password or query, because config.json keeps it: a key"
-            " is read from $DESC_API_KEY alone"
-        )
-    address = url.rstrip("/")
-    if not address.endswith("/chat/completions"):
-        address += "/chat/completions" if address.endswith("/v1") else "/v1/chat/completions"
-    return address, f"{parsed.scheme}://{parsed.netloc.decode()}"
 
 
 class Endpoint:
@@ -302,7 +256,9 @@ class Endpoint:
             sent = {name: value for name, value in settings.items() if name not in unsent}
             self.spend_call()
             try:
-                completion = read_completion(run_within(self.timeout, self.post, body | sent))
+                completion = read_completion(
+                    post(self.address, self.headers, body | sent, self.timeout)
+                )
             except OfflineModeIsEnabled:
                 raise DescError(
                     "HF_HUB_OFFLINE is set, which forbids calls to an endpoint too: unset it"
@@ -339,40 +295,6 @@ class Endpoint:
                 " more"
             )
 
-    def post(self, body: dict) -> bytes:
-        """The body of the server's answer to one call.
-
-        Raises BadStatus, or another of CALL_ERRORS if the server cannot be reached."""
-        deadline = time.monotonic() + self.timeout
-        sent = json.dumps(body).encode()
-        session = get_session()
-        received = bytearray()
-        with session.stream(
-            "POST",
-            self.address,
-            content=sent,
-            headers=self.headers,
-            timeout=self.timeout,
-            follow_redirects=False,
-        ) as response:
-            for part in response.iter_bytes():
-                received += part
-                if len(received) > LONGEST_BODY:
-                    raise ValueError("too long")
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-        complaint = received.decode(errors="replace")
-        if response.next_request:
-            to = response.next_request.url
-            complaint = (
-                f"it redirects to {to.scheme}://{to.netloc.decode()}{to.path}, which is not"
-                " followed; give the right address as --endpoint"
-            )
-        if not response.is_success:
-            seconds = read_seconds(response.headers.get("Retry-After"))
-            raise BadStatus(response.status_code, complaint, seconds)
-        return bytes(received)
-
     def describe(self, error: Exception) -> str:
         """What went wrong in a call, in one line, without the key, which some servers repeat."""
         if isinstance(error, BadStatus):
@@ -388,24 +310,6 @@ class Endpoint:
         return "what it says is no chat completion"
 
 
-def run_within(seconds: float, function: Callable, *args):
-    """What function(*args) returns or raises, or TimeoutError after so many seconds.
-
-    It runs in a thread of its own, because no timeout of the client bounds a server that sends its
-    headers byte by byte. After the time the thread is left alone; it keeps no program from
-    ending."""
-    future: Future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future.result(seconds)
-
-
 def suspect_setting(error: Exception, names: Sequence[str]) -> str | None:
     """The setting, of `names`, that the server may not have understood; None if it did.
 
@@ -419,19 +323,6 @@ def suspect_setting(error: Exception, names: Sequence[str]) -> str | None:
 def is_refusal(error: Exception) -> bool:
     """Whether the server answered with a status for which trying again is useless."""
     return isinstance(error, BadStatus) and error.status < 500 and error.status not in TEMPORARY
-
-
-def read_seconds(retry_after: str | None) -> float:
-    """How long to wait according to a Retry-After: a number of seconds or a date. 0 if it is
-    neither."""
-    try:
-        seconds = float(retry_after or 0)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
-    return seconds if math.isfinite(seconds) else 0.0
 
 
 def wait(attempt: int, at_least: float = 0.0) -> None:

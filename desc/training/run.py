@@ -12,17 +12,16 @@ import torch
 from tqdm import tqdm
 
 from desc import DescError
-from desc.cli import claim_folders, progress, save_config
+from desc.cli import claim_folders, progress
 from desc.exactness import check_tree
 from desc.flags import TrainConfig, training_settings
-from desc.lora import export_adapters
 from desc.modeling import one_line
 from desc.sampling import seed_of
-from desc.storage.adapters import write_adapter
 from desc.storage.base import base_digest
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
 from desc.storage.files import append_line, drop_torn_line, write_bytes, write_lines
 from desc.storage.journal import read_metrics, work_key
+from desc.training.artefacts import save_artefact, serving_advice
 from desc.training.batches import all_batches
 from desc.training.ranks import (
     gather_objects,
@@ -36,7 +35,6 @@ from desc.training.sharding import copy_whole, read_weights, shard, whole
 from desc.training.speed import compile_layers, recompute_activations
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the number of the step
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 
 
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
@@ -247,37 +245,6 @@ def keep_best(run: Run, model, config: TrainConfig, scores: dict, score: float) 
     if on_any_rank(score < run.best):
         run.best = score
         save_artefact(model, config, run.work / "best", run.settings["base"])
-
-
-def save_artefact(model, config: TrainConfig, folder: Path, base: str) -> int:
-    """The model's adapters as one, with what made it: the configuration, and the digest of the base
-    that the run was begun on. Every rank must call this; the first writes. Returns the rank of the
-    one: the sum of theirs. Raises DescError if a value is not finite."""
-    settings, halves = export_adapters(model, whole)
-    if not all(half.isfinite().all() for half in halves.values()):
-        raise DescError("the adapter has values that are not finite; lower --lr")
-    if rank() == 0:
-        write_adapter(folder, settings, halves)
-        save_config(config, folder, base)
-    return settings["r"]
-
-
-def serving_advice(adapter_rank: int) -> str:
-    """A line that says which --max-lora-rank of vLLM such an adapter needs; "" if it is the rank
-    itself.
-
-    vLLM reserves that rank for each adapter and fills it up with zeros. It refuses adapters of a
-    larger rank (PEFTHelper.validate_legal, BaseLinearLayerWithLoRA.set_lora)."""
-    if adapter_rank in VLLM_RANKS:
-        return ""
-    if adapter_rank > max(VLLM_RANKS):
-        return (
-            f"the adapter's rank is {adapter_rank}, but vLLM serves at most {max(VLLM_RANKS)}:"
-            " merge it into the base model (README), or train with a lower --rank; those of SFT and"
-            " DPO add up"
-        )
-    larger = min(size for size in VLLM_RANKS if size > adapter_rank)
-    return f"the adapter's rank is {adapter_rank}: vLLM serves it with --max-lora-rank {larger}"
 
 
 def save_checkpoint_if_due(run: Run, every: int) -> None:
