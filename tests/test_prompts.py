@@ -292,3 +292,22 @@ def test_what_vanilla_writes_is_read_back():
             "I see [so far].",
         )
         assert ESCONV.parse(build_completion("sp", name, "")) == name
+
+
+def test_the_strategy_may_stand_in_the_last_message():
+    """Then all strategies of a turn share everything before it. The other tasks know no such
+    place."""
+    at_turn = [
+        build_messages("rg", TINY, 2, strategy, strategy_at="turn")
+        for strategy in ("Question", "Others")
+    ]
+    in_system = build_messages("rg", TINY, 2, "Question")
+    assert at_turn[0][:-1] == at_turn[1][:-1]
+    assert at_turn[0][-1]["content"] == (
+        in_system[-1]["content"] + "\n\n(Strategy of your reply: Question)"
+    )
+    assert at_turn[0][1:-1] == in_system[1:-1]
+    assert "current strategy" not in at_turn[0][0]["content"]
+    assert "Providing Suggestions" in at_turn[0][0]["content"]
+    for task in ("sp", "vanilla"):
+        assert build_messages(task, TINY, 1, strategy_at="turn") == build_messages(task, TINY, 1)

@@ -4,6 +4,7 @@ Every flag is read, and every mistake ends in one clear line."""
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import get_args, get_type_hints
 import pytest
 from scripts import ROOT, run
 
-from desc import DescError, flags
+from desc import DescError, cli, flags
 
 SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "desc.chat.__main__")
 BENCHMARKS = ("contest", "scaling", "planning")
@@ -174,3 +175,28 @@ def test_every_flag_is_read(script, monkeypatch):
         for f in fields(config)
         if not re.search(rf"config\.{f.name}\b|self\.{f.name}\b", code)
     ]
+
+
+@pytest.mark.parametrize(
+    "made_with, given, refused",
+    [
+        ({"task": "rg", "strategy_at": "turn"}, "system", True),
+        ({"task": "rg", "strategy_at": "turn"}, "turn", False),
+        ({"task": "rg"}, "turn", True),  # made before there was the flag
+        ({"task": "rg"}, "system", False),
+        ({"task": "sp", "strategy_at": "turn"}, "system", False),
+        ({}, "turn", False),  # an adapter that others made
+    ],
+)
+def test_an_artefact_with_the_strategy_in_another_place_is_refused(made_with, given, refused):
+    config = flags.Config(strategy_at=given)
+    with (
+        pytest.raises(DescError, match="was made with --strategy-at") if refused else nullcontext()
+    ):
+        cli.refuse_other_place(config, Path("out/rg/sft"), made_with)
+
+
+def test_the_shipped_pairs_have_their_strategy_in_the_system_message(tmp_path):
+    options = ("--task", "rg", "--model", "toy", "--out", tmp_path, "--strategy-at", "turn")
+    printed = run("train_dpo.py", *options, fails=True)
+    assert "was made with --strategy-at system; give that flag, or make it again" in printed

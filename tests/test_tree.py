@@ -326,6 +326,21 @@ def test_pack_makes_no_more_batches_than_it_must():
     assert len(members) == 10 and len(forest.ids) == 3
 
 
+def test_dialogues_of_a_micro_batch_share_what_they_begin_with():
+    """Two dialogues of four nodes begin with the same three tokens, so together they have five. As
+    pairs they share nothing, and do not fit into one batch."""
+    items = [
+        Item("a", "a", [TokenSequence([1, 2, 3, 4], [5])]),
+        Item("b", "b", [TokenSequence([1, 2, 3, 6], [7])]),
+    ]
+    ((members, forest),) = pack(items, "dialogue", 5)
+    assert members == items
+    assert forest.ids.tolist() == [1, 2, 3, 4, 6]
+    assert forest.targets.tolist() == [5, 7] and forest.owner.tolist() == [0, 1]
+    assert [len(forest.ids) for _, forest in pack(items, "pair", 5)] == [4, 4]
+    assert [len(forest.ids) for _, forest in pack(items, "dialogue", 4)] == [4, 4]
+
+
 def test_pack_cuts_a_tree_where_least_is_shared():
     """Token 0 has four children, the strategies 1 … 4, each followed by the chain 9 9. That makes
     1 + 4 · 3 nodes, and 7 fit into a batch. A cut between the strategies 2 and 3 repeats only token
