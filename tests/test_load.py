@@ -303,7 +303,9 @@ def test_names_of_layers_are_text(adapter, toy):
 
 
 def test_a_copy_has_the_same_digest(folder):
-    """Also one that another version of Transformers has written."""
+    """Also one that another version of Transformers has written, and one with people's notes."""
+    (folder / "notes.txt").write_text("good at names")
+    (folder / "scores.json").write_text("{}")
     assert base_digest(str(folder)) == base_digest("toy")
     for name in ("config.json", "generation_config.json"):
         text = (folder / name).read_text()

@@ -11,6 +11,9 @@ from desc import DescError
 from desc.storage import zoo
 
 READ = ("*.json", "*.model", "*.txt", "*.jinja")  # what is read of a model's files, beside weights
+# Of these, the ones that decide what a model reads and writes; people may keep notes beside them.
+DECISIVE = ("config.json", "generation_config.json", "*token*.json", "*vocab*", "merges.txt")
+DECISIVE += ("*template*.json", "*.model", "*.jinja")
 POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 WHOLE = 1 << 20  # bytes of a tensor up to which all of it is hashed
 SAMPLE = 4096  # bytes that are hashed at each of PLACES in a larger tensor
@@ -116,6 +119,8 @@ def base_digest(name: str) -> str:
     folder = locate(name)
     digest = hashlib.sha256()
     for path in small_files(folder):
+        if not any(map(path.match, DECISIVE)):
+            continue
         text = re.sub(rb'"transformers_version": *"[^"]*"', b"", path.read_bytes())
         digest.update(path.name.encode() + b"\0" + text)
     for path in weight_files(folder):
