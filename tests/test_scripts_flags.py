@@ -200,3 +200,23 @@ def test_the_shipped_pairs_have_their_strategy_in_the_system_message(tmp_path):
     options = ("--task", "rg", "--model", "toy", "--out", tmp_path, "--strategy-at", "turn")
     printed = run("train_dpo.py", *options, fails=True)
     assert "was made with --strategy-at system; give that flag, or make it again" in printed
+
+
+def test_own_data_needs_its_own_adapters_and_pairs(tmp_path):
+    """A step that failed should not go unnoticed. What the sample does by itself must be asked
+    for."""
+    data = ("--data", ROOT / "desc" / "data" / "sample.json", "--train-dialogues", 1)
+    common = ("--task", "sp", "--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
+    mine = ("mine_preferences.py", *common, *data)
+    assert "sp/sft: train it first, or ask for the base model" in run(*mine, fails=True)
+    train = ("train_dpo.py", *common, *data[:2])
+    assert "sp: first run mine_preferences.py --task sp, or give" in run(*train, fails=True)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+    assert "mines the base model as sp" in run(*mine, "--sft", "base")
+    assert "sp/sft: train it first, or ask for the base model" in run(*train, fails=True)
+    printed = run(*train, "--sft", "base")
+    assert (
+        "the reference is the base model" in printed and f"uses the pairs in {tmp_path}" in printed
+    )
+    assert "data/sp" in run(*train, "--sft", "base", "--pairs", "sample", "--show-example")
