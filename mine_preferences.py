@@ -177,10 +177,15 @@ def main():
         model, tokenizer = cli.load_model(config, device)
     annotator = make_annotator(config, model, tokenizer, endpoint)
     if config.agreement:
+        if endpoint:  # what it answers is kept until all is measured
+            cli.claim_folders(Path(config.out) / "agreement")
+            endpoint.keep_answers(Path(config.out) / "agreement")
         if ranks.rank() == 0:
             print(agreement.measure_agreement(config, splits["test"], strategies, annotator))
         if endpoint:
             endpoint.print_unread()
+            if ranks.rank() == 0:
+                endpoint.kept.discard()
         return
     sampler = make_sampler(config, model, tokenizer, endpoint, modules, strategies)
 

@@ -105,9 +105,8 @@ def find_pairs(config: DPOConfig) -> Path:
             raise DescError(f"{mine_first}, or give --pairs FOLDER, or --pairs sample")
         print(f"{mine_first} for your own; uses a few shipped ones")
         folder = shipped
-    if not config.pairs or config.pairs == "sample":
-        made_with = {"task": config.task} | cli.read_config(folder)
-        cli.refuse_other_place(config, folder, made_with)
+    made_with = {"task": config.task} if folder == shipped else cli.read_config(folder)
+    cli.refuse_other_place(config, folder, made_with)
     print(f"uses the pairs in {folder}")
     return folder
 

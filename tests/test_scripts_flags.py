@@ -14,6 +14,7 @@ import pytest
 from scripts import ROOT, run
 
 from desc import DescError, cli, flags
+from desc.storage.files import write_json
 
 SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "desc.chat.__main__")
 BENCHMARKS = ("contest", "scaling", "planning")
@@ -200,6 +201,13 @@ def test_the_shipped_pairs_have_their_strategy_in_the_system_message(tmp_path):
     options = ("--task", "rg", "--model", "toy", "--out", tmp_path, "--strategy-at", "turn")
     printed = run("train_dpo.py", *options, fails=True)
     assert "was made with --strategy-at system; give that flag, or make it again" in printed
+
+
+def test_pairs_with_the_strategy_in_another_place_are_refused(tmp_path):
+    write_json(tmp_path / "config.json", {"task": "rg", "strategy_at": "turn"})
+    options = ("--task", "rg", "--model", "toy", "--sft", "base", "--pairs", tmp_path)
+    printed = run("train_dpo.py", *options, "--out", tmp_path, fails=True)
+    assert f"{tmp_path}: was made with --strategy-at turn" in printed
 
 
 def test_own_data_needs_its_own_adapters_and_pairs(tmp_path):

@@ -167,3 +167,22 @@ def test_a_judge_that_thinks_is_told_not_to(tmp_path, server):
     ratings.write_bytes(rated)
     assert "ratings.csv would be replaced" in run(*judge, fails=True)
     assert ratings.read_bytes() == rated and len(server.calls) == 3 * count
+
+
+def test_what_an_annotator_says_of_labelled_turns_is_paid_for_once(tmp_path, server):
+    """Three labelled turns need three calls, of which each run may make two."""
+    rows = []
+    for turn in range(3):
+        context = [{"speaker": "seeker", "text": f"Turn {turn}."}]
+        row = {"dialogue": "0", "turn": turn, "context": context, "strategy": "Others"}
+        rows.append(json.dumps(row | {"response": "Hm.", "label": "none"}))
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("\n".join(rows))
+    server.script = ['{"error": "none", "explanation": "So.", "confidence": 0.9}']
+    measure = ("mine_preferences.py", "--task", "rg", "--agreement", labels, "--held-out", 1)
+    measure += ("--annotator", "endpoint", "--sampler", "endpoint", "--endpoint", server.url)
+    measure += ("--endpoint-model", "m", "--max-calls", 2, "--out", tmp_path / "out")
+    assert "--max-calls: 2 are spent" in run(*measure, fails=True)
+    assert "3 turns of 1 dialogue" in run(*measure)
+    assert len(server.calls) == 3
+    assert not list(tmp_path.rglob("calls.*"))
