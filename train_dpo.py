@@ -48,8 +48,9 @@ from desc.training.run import (
     save_checkpoint_if_due,
     seed_dropout,
 )
+from desc.training.sharding import must_shard
 from desc.training.validation import PlannedTurns, planned_turns, planner_scores
-from desc.tree import Forest
+from desc.tree import Forest, send
 
 BETA = {"sp": 0.5, "rg": 0.2, "vanilla": 0.2}
 METRICS = (
@@ -169,9 +170,7 @@ def score_reference(model, micro_batches) -> dict[str, list[float]]:
 def look_up(known: dict[str, list[float]], members: list[Item], device) -> torch.Tensor:
     """What score_reference found for these pairs: (B, 2)."""
     rows = torch.tensor([known[item.id] for item in members], dtype=torch.float32).view(-1, 2)
-    if device.type == "cuda":
-        return rows.pin_memory().to(device, non_blocking=True)
-    return rows
+    return send(rows, device)
 
 
 def sum_metrics(losses, chosen, rejected, policy) -> torch.Tensor:
@@ -219,7 +218,7 @@ def main():
     valid_dialogues = first(splits["valid"], config.eval_dialogues)
     pairs = read_pairs(source / "pairs.jsonl", config.task)
     valid_pairs = first(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
-    empty = world_size() > 1 or config.estimate > 0
+    empty = must_shard(config, device) or config.estimate > 0
     model, tokenizer = cli.load_model(config, device, empty)
 
     def encode(pair: Pair) -> Item:
@@ -227,7 +226,7 @@ def main():
 
     def prepare(batch: list[Item]):
         """The whole batch, and this rank's trees of it."""
-        return batch, my_micro_batches(model, batch, config.share, config.max_tokens)
+        return batch, my_micro_batches(batch, config.share, config.max_tokens, device)
 
     if config.show_example:
         shown = encode(pairs[0])
@@ -277,7 +276,7 @@ def main():
             losses, chosen, rejected = dpo_loss(
                 *policy.unbind(1), *reference.unbind(1), config.beta, config.label_smoothing
             )
-            # FSDP averages gradients over ranks; this makes the average their sum
+            # gradients are averaged over ranks; this makes the average their sum
             (losses.sum() / len(batch) * world_size()).backward()
             sums = sums + sum_metrics(losses, chosen, rejected, policy)
             nodes += len(forest.ids)

@@ -38,6 +38,7 @@ from desc.training.run import (
     save_checkpoint_if_due,
     seed_dropout,
 )
+from desc.training.sharding import must_shard
 from desc.training.validation import PlannedTurns, planned_turns, planner_scores
 
 
@@ -106,7 +107,7 @@ def validate(
     """The loss per token on validation turns; if the module plans, its exact scores, too."""
     model.eval()
     total, tokens = torch.zeros((), device=model.device), count_tokens(items)
-    for _, forest in my_micro_batches(model, items, config.share, config.max_tokens):
+    for _, forest in my_micro_batches(items, config.share, config.max_tokens, model.device):
         total += sft_loss(sequence_logps(model, forest), tokens)
     scores = {"valid/loss": float(sum_over_ranks(total))}
     if turns:
@@ -122,7 +123,7 @@ def main():
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     valid_dialogues = first(splits["valid"], config.eval_dialogues)
     examples, valid_examples = find_examples(config, splits, strategies)
-    empty = world_size() > 1 or config.estimate > 0
+    empty = must_shard(config, device) or config.estimate > 0
     model, tokenizer = cli.load_model(config, device, empty)
 
     def encode(example: Example) -> Item:
@@ -130,7 +131,7 @@ def main():
 
     def prepare(batch: list[Item]):
         """The whole batch, which says what to divide by, and this rank's trees of it."""
-        return batch, my_micro_batches(model, batch, config.share, config.max_tokens)
+        return batch, my_micro_batches(batch, config.share, config.max_tokens, device)
 
     if config.show_example:
         print(mark_loss(tokenizer, encode(examples[0]).sequences[0]))
@@ -152,7 +153,7 @@ def main():
         total, nodes = 0.0, 0
         for members, forest in micro_batches:  # this rank's trees
             loss = sft_loss(sequence_logps(model, forest), tokens)
-            # FSDP averages gradients over ranks; this makes the average their sum
+            # gradients are averaged over ranks; this makes the average their sum
             (loss * world_size()).backward()
             total, nodes = total + loss.detach(), nodes + len(forest.ids)
             run.bar.update(len(members))

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from desc import attention, cli
 from desc.encoding import Item
@@ -29,7 +35,12 @@ SHAPES = {  # random weights, SmolLM2's tokenizer
         {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944}
         | {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
         | {"vocab_size": 152064, "rope_theta": 1e6, "tie_word_embeddings": False}
-    )
+    ),
+    "qwen2.5-0.5b": (
+        {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864}
+        | {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+        | {"vocab_size": 151936, "rope_theta": 1e6, "tie_word_embeddings": True}
+    ),
 }
 CHECKED = 4  # examples whose fp32 losses are compared
 CUDA = torch.cuda.is_available()
@@ -71,14 +82,32 @@ def make_tokenizer(config):
     )
 
 
+def shape_of(config):
+    """The model's configuration, as Transformers has it."""
+    if config.model in SHAPES:
+        return AutoConfig.for_model(**SHAPES[config.model])
+    return AutoConfig.from_pretrained(zoo.locate(config.model))
+
+
+def random_model(config, dtype, kernel: str, device: torch.device):
+    """A model of that shape with random weights."""
+    with device:
+        return AutoModelForCausalLM.from_config(
+            shape_of(config), dtype=dtype, attn_implementation=kernel
+        )
+
+
+def product_weights(model) -> int:
+    """The weights of the decoder's linear layers."""
+    layers = model.model.layers.named_modules()
+    return sum(m.weight.numel() for _, m in layers if isinstance(m, nn.Linear))
+
+
 def make_model(config, dtype, kernel: str):
     """Weights that are the same in every process."""
     if config.model in SHAPES:
         torch.manual_seed(0)
-        shape = dict(SHAPES[config.model])
-        shape = AutoConfig.for_model(shape.pop("model_type"), **shape)
-        with DEVICE:
-            return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=kernel)
+        return random_model(config, dtype, kernel, DEVICE)
     return AutoModelForCausalLM.from_pretrained(
         zoo.locate(config.model), dtype=dtype, attn_implementation=kernel
     ).to(DEVICE)
@@ -136,14 +165,17 @@ def machine(config) -> str:
 
 
 def matrix_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two large square matrices, the best of five."""
-    a = torch.randn(8192 if CUDA else 4096, 8192 if CUDA else 4096).to(DEVICE, dtype)
+    """FLOP/s of products of two large square matrices: the best of five stretches, of ten products
+    each on a GPU."""
+    size, products = (8192, 10) if CUDA else (4096, 1)
+    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)
     times = []
-    for _ in range(5):
+    for _ in range(6):  # the first warms up
         begin = now()
-        a @ a
+        for _ in range(products):
+            a @ b
         times.append(now() - begin)
-    return 2 * len(a) ** 3 / min(times)
+    return 2 * products * size**3 / min(times[1:])
 
 
 def read_ours(config, items: list[Item], loss_of) -> dict:
@@ -176,58 +208,74 @@ def read_ours(config, items: list[Item], loss_of) -> dict:
         }
 
 
+class Clock(TrainerCallback):
+    """The seconds between a trainer's first step and its last."""
+
+    def on_train_begin(self, *_, **__):
+        self.begin = now()
+
+    def on_train_end(self, *_, **__):
+        self.seconds = now() - self.begin
+
+
+def make_trainer(config, classes, rows: list[dict], batch_size: int, model, *models, **more):
+    """TRL's trainer of one optimizer step over all rows. `classes` are the trainer's and its
+    settings'; `more` are settings, among them the output_dir."""
+    from datasets import Dataset
+
+    trainer_class, settings_class = classes
+    settings = settings_class(
+        use_cpu=not CUDA,
+        bf16=model.dtype == torch.bfloat16,
+        gradient_checkpointing=False,
+        max_length=None,
+        per_device_train_batch_size=batch_size,
+        # one optimizer step, which read_ours leaves out
+        gradient_accumulation_steps=-(-len(rows) // batch_size),
+        num_train_epochs=1,
+        learning_rate=1e-9,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **more,
+    )
+    return trainer_class(
+        model,
+        *models,
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(config),
+    )
+
+
+def seconds_of_training(trainer) -> float:
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return clock.seconds
+
+
 def train_trl(
     config, trainer_class, settings_class, rows: list[dict], items: list[Item], models=tuple, **more
 ) -> dict:
     """TRL over all rows, which are `items` to us, in config.dtype; and the loss of the first few in
     fp32, where the trainer gets models(), too."""
     import peft
-    from datasets import Dataset
-    from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            self.begin = now()
-
-        def on_train_end(self, *_, **__):
-            self.seconds = now() - self.begin
-
-    def make(rows, batch_size, dtype, folder, *models):
+    def make(rows, batch_size, dtype, *models):
         model = peft.PeftModel.from_pretrained(
             make_model(config, dtype, "sdpa"), config.adapter, is_trainable=True
         )
-        settings = settings_class(
-            folder,
-            use_cpu=not CUDA,
-            bf16=dtype == torch.bfloat16,
-            gradient_checkpointing=False,
-            max_length=None,
-            per_device_train_batch_size=batch_size,
-            # one optimizer step, which ours leaves out
-            gradient_accumulation_steps=-(-len(rows) // batch_size),
-            num_train_epochs=1,
-            learning_rate=1e-9,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **more,
-        )
-        data, tokenizer = Dataset.from_list(rows), make_tokenizer(config)
-        return trainer_class(
-            model,
-            *models,
-            args=settings,
-            train_dataset=data,
-            processing_class=tokenizer,
-            callbacks=[clock],
-        )
+        classes = (trainer_class, settings_class)
+        settings = more | {"output_dir": folder}
+        return make_trainer(config, classes, rows, batch_size, model, *models, **settings)
 
-    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        make(rows, config.trl_batch_size, config.torch_dtype, folder).train()
+        seconds = seconds_of_training(make(rows, config.trl_batch_size, config.torch_dtype))
         tokens = sum(len(s.prompt) + len(s.completion) for item in items for s in item.sequences)
-        result = {"seconds": clock.seconds, "memory": memory(), "tokens": tokens}
-        trainer = make(rows[:CHECKED], CHECKED, torch.float32, folder, *models())
+        result = {"seconds": seconds, "memory": memory(), "tokens": tokens}
+        trainer = make(rows[:CHECKED], CHECKED, torch.float32, *models())
         (batch,) = trainer.get_train_dataloader()
         with torch.no_grad():
             return result | {"loss": float(trainer.compute_loss(trainer.model, batch))}
@@ -263,8 +311,7 @@ def compete(make, ours, trl, passes: int, unit: str) -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(config, config.torch_dtype, "sdpa")
-        layers = model.model.layers.named_modules()
-        products = sum(m.weight.numel() for _, m in layers if isinstance(m, nn.Linear))
+        products = product_weights(model)
         add_adapter(model, "dpo")
         for layer in lora_layers(model).values():
             # so that policy and reference differ

@@ -207,7 +207,7 @@ def run(main) -> None:
     try:
         main()
     except SystemExit as ended:
-        if ranks.world_size() == 1:
+        if not ranks.has_joined():
             raise
         end_rank(ended.code or 0)
     except DescError as error:
@@ -232,7 +232,7 @@ def run(main) -> None:
         if ranks.world_size() == 1:
             raise
         fail(traceback.format_exc())
-    if ranks.world_size() > 1:
+    if ranks.has_joined():
         end_rank(0)
 
 

@@ -216,6 +216,11 @@ class TrainConfig(TaskConfig):
         "compute activations again in the backward pass instead of keeping them: less memory,"
         " slower",
     )
+    shard: Literal["auto", "always", "never"] = flag(
+        "auto",
+        "whether several ranks hold a part of the base model each (FSDP2) or a copy each; auto"
+        " copies it if it takes at most half of a rank's memory",
+    )
     keep: Literal["best", "last"] = flag(
         "best", "the adapter that later steps find; the other one lies in a folder beside it"
     )
@@ -275,7 +280,7 @@ def training_settings(config: TrainConfig) -> dict:
     # Where things lie. The content of --sft is compared by its digest.
     free = {"out", "sft"}
     # In what pieces a batch is computed, and how. Other pieces round and drop in other ways.
-    free |= {"max_tokens", "recompute", "compile"}
+    free |= {"max_tokens", "recompute", "compile", "shard"}
     # When the run is scored and saved. With another --eval-every the best adapter is chosen among
     # other steps. --keep is not free, because the best adapter already lies where it says.
     free |= {"eval_every", "save_every"}

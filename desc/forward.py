@@ -12,6 +12,8 @@ from torch import nn
 from desc import DescError, attention
 from desc.tree import Forest, dense_mask
 
+ROWS = 128  # of logits that are in fp32 at a time
+
 
 def decoder_blocks(model) -> nn.ModuleList:
     """The decoder's layers, whatever the architecture calls them: the first list of as many modules
@@ -67,6 +69,32 @@ def cache_argument(model) -> str:
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
+class TargetLogps(torch.autograd.Function):
+    """log softmax(logits)[target] of each row: logits (M, V), targets (M,) -> (M,) fp32.
+
+    Some rows at a time, because M × V numbers in fp32 are the most that a step would hold. The
+    backward pass computes the softmax p again:
+
+        dlogits = (one-hot(target) − p) · dlogps
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        chunks = zip(logits.split(ROWS), targets.split(ROWS))
+        return torch.cat([-F.cross_entropy(x.float(), t, reduction="none") for x, t in chunks])
+
+    @staticmethod
+    def backward(ctx, dlogps):
+        logits, targets = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        for x, t, dx, d in zip(*(part.split(ROWS) for part in (logits, targets, dlogits, dlogps))):
+            minus = -x.float().softmax(-1)
+            minus[torch.arange(len(t), device=t.device), t] += 1
+            dx.copy_(minus.mul_(d[:, None]))
+        return dlogits, None
+
+
 def sequence_logps(model, forest: Forest) -> torch.Tensor:
     """log π(completion | prompt) of every sequence of the forest, summed over the completion's
     tokens: (S,) fp32.
@@ -76,7 +104,7 @@ def sequence_logps(model, forest: Forest) -> torch.Tensor:
     bf16 the steps near -200 are 1.0 wide."""
     forest = forest.to(model.device)
     logits = forward(model, forest.ids, forest.depth, partial(tree_mask, forest), forest.rows)
-    logps = -F.cross_entropy(logits.float(), forest.targets, reduction="none")  # (M,)
+    logps = TargetLogps.apply(logits, forest.targets)  # (M,)
     owned = torch.arange(forest.size, device=logps.device)[:, None] == forest.owner  # (S, M)
     # A product, because index_add on CUDA would sum in another order each time.
     return owned.to(logps.dtype) @ logps  # (S,)

@@ -56,10 +56,9 @@ class LoRALinear(nn.Linear):
         A frozen adapter that is off is left out. A trainable one that is off stays in with its B
         set to zero: policy and reference then run the same kernels on the same shapes, so they
         agree to the bit where they should."""
-        y = super().forward(x)
         used = [(n, a) for n, a in self.adapters.items() if n not in self.off or a.A.requires_grad]
         if not used:
-            return y
+            return super().forward(x)
         # Cast where they are used: the products run in the base model's dtype, while the optimizer
         # sees fp32.
         A = [adapter.A.to(x.dtype) for _, adapter in used]
@@ -70,7 +69,11 @@ class LoRALinear(nn.Linear):
             inner = torch.cat(inner, dim=-1)  # (…, r₁ + r₂)
         else:
             inner = F.linear(x, torch.cat(A))
-        return y + F.linear(inner, torch.cat(B, dim=1).to(x.dtype))
+        B = torch.cat(B, dim=1).to(x.dtype)  # (out, r₁ + r₂)
+        y = F.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+        # Added where it lies, because a second tensor (…, out) would cost time.
+        y.addmm_(inner.reshape(len(y), -1), B.T)
+        return y.view(*x.shape[:-1], -1)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

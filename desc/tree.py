@@ -35,14 +35,20 @@ class Forest:
     size: int  # S
 
     def to(self, device: torch.device) -> "Forest":
-        """On its way to a GPU it is padded, because FlexAttention is compiled for few lengths, and
-        pinned, so that the copy holds nothing up."""
+        """On its way to a GPU it is padded, because FlexAttention reads whole blocks."""
         if self.ids.device == device:
             return self
         forest = pad(self, PADDING)
         tensors = [getattr(forest, field.name) for field in fields(self)[:-1]]
-        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-        return Forest(*moved, self.size)
+        return Forest(*[send(tensor, device) for tensor in tensors], self.size)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on the CPU, on its way to `device`. A copy from pinned memory to a GPU holds nothing
+    up."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:

@@ -1,8 +1,11 @@
-"""Fixtures that several files share, and the marker `slow`. Tests with this marker run only with
---slow."""
+"""Fixtures that several files share, the marker `slow`, and the option --cuda.
+
+Tests with the marker run only with --slow. With --cuda, the tests that use the fixture `device`
+run on the GPU, and no others run."""
 
 import json
 import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -15,9 +18,13 @@ from desc.esconv import load_dialogues
 from desc.judging import endpoint
 from desc.modeling import load
 
+sys.path.append(str(Path(__file__).parent.parent))  # the scripts, which some tests import
+
 LONGEST = (
     "test_scripts.py",
     "test_distributed.py",
+    "test_device.py",
+    "test_tree.py",
     "test_scripts_judged.py",
     "test_checkpoint.py",
     "test_chat.py",
@@ -30,14 +37,23 @@ def pytest_addoption(parser):
         action="store_true",
         help="also run the tests that need minutes: on SmolLM2's real weights, on three ranks, …",
     )
+    parser.addoption(
+        "--cuda",
+        action="store_true",
+        help="run the tests that can run on a GPU, there, and no others",
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "slow: needs minutes, on SmolLM2's weights or three ranks; runs only with --slow"
     )
-    # A warning fails the test, unless an oracle causes it. The last rule that fits wins.
-    for rule in ("error", "ignore:.*deprecated and will be removed in v6:FutureWarning"):
+    if config.getoption("--cuda") and not torch.cuda.is_available():
+        raise pytest.UsageError("--cuda: PyTorch finds no GPU here (torch.cuda.is_available())")
+    # A warning fails the test, unless an oracle causes it. The last rule that fits wins. On a GPU
+    # torch.compile has warnings of its own, which depend on the card.
+    severity = "default" if config.getoption("--cuda") else "error"
+    for rule in (severity, "ignore:.*deprecated and will be removed in v6:FutureWarning"):
         config.addinivalue_line("filterwarnings", rule)
     # The models are so tiny that more threads would only slow them down.
     torch.set_num_threads(1)
@@ -45,6 +61,10 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """The longest files go first, so that no core waits for another at the end."""
+    if config.getoption("--cuda"):
+        elsewhere = [item for item in items if "device" not in item.fixturenames]
+        items[:] = [item for item in items if "device" in item.fixturenames]
+        config.hook.pytest_deselected(items=elsewhere)
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
     if not config.getoption("--slow"):
@@ -64,6 +84,24 @@ def toy():
     """(model, tokenizer), which all tests share. A test that adds adapters needs a copy.deepcopy of
     the model."""
     return load("toy", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where the tests run that can run on a GPU: there with --cuda, otherwise on the CPU."""
+    if not request.config.getoption("--cuda"):
+        return torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is to be compared as fp32
+    # One process meets more models here than a user's; each has kernels of its own.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="session")
+def toy_on_device(toy, device):
+    """`toy` on `device`. On the CPU it is the same model."""
+    return toy if device.type == "cpu" else load("toy", torch.float32, device)
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,13 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "ranks, train_flags",
-    [(2, ()), pytest.param(3, (), marks=SLOW), pytest.param(2, ("--recompute",), marks=SLOW)],
+    [
+        (2, ("--shard", "always")),
+        (2, ("--shard", "auto")),  # the toy fits, so it is copied
+        pytest.param(3, ("--shard", "always"), marks=SLOW),
+        pytest.param(3, ("--shard", "never"), marks=SLOW),
+        pytest.param(2, ("--shard", "always", "--recompute"), marks=SLOW),
+    ],
 )
 def test_ranks_do_what_one_process_does(single, tmp_path, ranks, train_flags):
     """A batch is one or two dialogues, and the last batch is smaller. So a rank often has nothing
@@ -195,9 +201,11 @@ def test_ranks_read_what_one_process_reads(toy, tmp_path):
     program.write_text(SHARDED)
     printed = run(program, *folders, ranks=2).splitlines()
     assert printed[:-3] == [f"the same: {folder}" for folder in folders[:-3]]
-    assert ".mlp.experts.gate_up_proj, model" in printed[-3] and "; try one process" in printed[-3]
+    assert (
+        ".mlp.experts.gate_up_proj, model" in printed[-3] and "; try --shard never" in printed[-3]
+    )
     assert printed[-2].startswith(
-        f"{folders[-2]}: its safetensors files have no {scalar} …; try one process"
+        f"{folders[-2]}: its safetensors files have no {scalar} …; try --shard never"
     )
     assert printed[-1].endswith(f"holds {scalar} of shape [2], not [1]")
 

@@ -44,19 +44,20 @@ IDS = torch.arange(10, 40)[None]
 
 
 @pytest.fixture
-def model(toy):
-    return deepcopy(toy[0])
+def model(toy_on_device):
+    return deepcopy(toy_on_device[0])
 
 
-def stock():
-    return AutoModelForCausalLM.from_pretrained(
+def stock(device):
+    model = AutoModelForCausalLM.from_pretrained(
         locate("toy"), dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    )
+    return model.eval().to(device)
 
 
 @torch.no_grad()
 def logits(model):
-    return model(input_ids=IDS).logits
+    return model(input_ids=IDS.to(model.device)).logits
 
 
 def add_random(model, name, rank=4, alpha=6.0, targets=()):
@@ -173,7 +174,7 @@ def test_only_the_newest_adapter_is_trained(model):
         assert trained == {
             f"{layer}.adapters.{newest}.{half}" for layer in lora_layers(model) for half in "AB"
         }
-    model(input_ids=IDS).logits.sum().backward()
+    model(input_ids=IDS.to(model.device)).logits.sum().backward()
     assert all((p.grad is not None) == ("dpo" in n) for n, p in model.named_parameters())
     assert all(
         torch.equal(dict(model.named_parameters())[name], value) for name, value in base.items()
@@ -215,11 +216,11 @@ def test_unknown_targets_are_refused(model):
 # --- on disk --------------------------------------------------------------------------------------
 
 
-def test_saved_and_loaded_to_the_bit(model, toy, tmp_path):
+def test_saved_and_loaded_to_the_bit(model, toy_on_device, tmp_path):
     add_random(model, "sft")
     save_adapter(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
-    again = deepcopy(toy[0])
+    again = deepcopy(toy_on_device[0])
     base = logits(again)
     load_adapter(again, tmp_path, "other name")
     assert torch.equal(logits(again), logits(model))
@@ -232,23 +233,23 @@ def test_saved_and_loaded_to_the_bit(model, toy, tmp_path):
         assert ours.scale == theirs.scale == 1.5
 
 
-def test_loaded_to_train_on(model, toy, tmp_path):
+def test_loaded_to_train_on(model, toy_on_device, tmp_path):
     add_random(model, "sft", targets=("q_proj", "down_proj"))
     save_adapter(model, tmp_path)
-    again = deepcopy(toy[0])
+    again = deepcopy(toy_on_device[0])
     load_adapter(again, tmp_path, "sft", trainable=True)
     trained = {n for n, p in again.named_parameters() if p.requires_grad}
     assert trained == {n for n in again.state_dict() if ".adapters." in n}
     assert len(trained) == 2 * 2 * 2
 
 
-def test_two_adapters_are_exported_as_one(model, toy, tmp_path):
+def test_two_adapters_are_exported_as_one(model, toy_on_device, tmp_path):
     """sft has rank 4 and scale 6/4, and dpo has rank 3 and scale 2/3. The export has rank 7."""
     add_random(model, "sft", rank=4, alpha=6)
     add_random(model, "dpo", rank=3, alpha=2)
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text())["r"] == 7
-    again = deepcopy(toy[0])
+    again = deepcopy(toy_on_device[0])
     load_adapter(again, tmp_path, "both")
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
     merge_adapters(model)
@@ -256,12 +257,12 @@ def test_two_adapters_are_exported_as_one(model, toy, tmp_path):
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
 
 
-def test_two_adapters_on_different_layers_are_exported_as_one(model, toy, tmp_path):
+def test_two_adapters_on_different_layers_are_exported_as_one(model, toy_on_device, tmp_path):
     """This happens after DPO on an adapter that PEFT trained on q_proj and v_proj alone."""
     add_random(model, "sft", rank=4, alpha=6, targets=("q_proj", "v_proj"))
     add_random(model, "dpo", rank=3, alpha=2)
     save_adapter(model, tmp_path)
-    again = deepcopy(toy[0])
+    again = deepcopy(toy_on_device[0])
     load_adapter(again, tmp_path, "both")
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
 
@@ -271,7 +272,7 @@ def test_peft_loads_what_we_write(model, tmp_path):
     add_random(model, "sft", rank=4, alpha=6)
     add_random(model, "dpo", rank=3, alpha=2)
     save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(stock(), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(stock(model.device), tmp_path)
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
     torch.testing.assert_close(logits(theirs.merge_and_unload()), logits(model), atol=1e-5, rtol=0)
 
@@ -293,7 +294,8 @@ def test_we_load_what_peft_writes(model, tmp_path, which):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1, "init_lora_weights": False, **which}
-    theirs = peft.get_peft_model(stock(), peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    theirs = peft.get_peft_model(stock(model.device), settings).eval()
     theirs.save_pretrained(tmp_path)
     base = logits(model)
     load_adapter(model, tmp_path, "sft")
@@ -371,8 +373,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("edit, clue", REFUSED.values(), ids=REFUSED)
-def test_adapters_that_do_not_fit_are_refused(model, toy, tmp_path, edit, clue):
+def test_adapters_that_do_not_fit_are_refused(toy, tmp_path, edit, clue):
     """The message is one line that names the folder, and the model does not change."""
+    model = deepcopy(toy[0])
     add_random(model, "sft")
     save_adapter(model, tmp_path)
     config, tensors = edit(
@@ -396,7 +399,8 @@ def assert_refused(toy, folder, clue=""):
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "zeros", "directory"])
-def test_broken_files_are_refused(model, toy, tmp_path, name, damage):
+def test_broken_files_are_refused(toy, tmp_path, name, damage):
+    model = deepcopy(toy[0])
     add_random(model, "sft")
     save_adapter(model, tmp_path)
     data = (tmp_path / name).read_bytes()

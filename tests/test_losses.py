@@ -62,34 +62,33 @@ def sft_items(tokenizer, dialogues):
 
 
 @torch.no_grad()
-def test_sft_is_the_cross_entropy_of_all_completion_tokens(toy, sample):
+def test_sft_is_the_cross_entropy_of_all_completion_tokens(toy_on_device, sample, device):
     """It is a mean over tokens and not over sequences, so longer completions count for more."""
-    model, tokenizer = toy
+    model, tokenizer = toy_on_device
     items = sft_items(tokenizer, sample[:2])
     logits, targets = [], []
     for ((prompt, completion),) in (item.sequences for item in items):
-        logits.append(
-            model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        )
+        ids = torch.tensor([prompt + completion], device=device)
+        logits.append(model(input_ids=ids).logits[0, len(prompt) - 1 : -1])
         targets += completion
     forest = plant(items, "dialogue")
     loss = sft_loss(sequence_logps(model, forest), len(forest.targets))
-    torch.testing.assert_close(
-        loss, F.cross_entropy(torch.cat(logits), torch.tensor(targets)), atol=1e-5, rtol=0
-    )
+    expected = F.cross_entropy(torch.cat(logits), torch.tensor(targets, device=device))
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_micro_batches_add_up_to_the_batch(toy, sample):
-    items = sft_items(toy[1], sample[:2])
+def test_micro_batches_add_up_to_the_batch(toy_on_device, sample):
+    model, tokenizer = toy_on_device
+    items = sft_items(tokenizer, sample[:2])
     whole = plant(items, "none")
     tokens = len(whole.targets)
     batches = pack(items, "dialogue", 300)
-    parts = [sft_loss(sequence_logps(toy[0], forest), tokens) for _, forest in batches]
+    parts = [sft_loss(sequence_logps(model, forest), tokens) for _, forest in batches]
     # The sizes differ, so a mean of means would be wrong.
     assert len({len(forest.targets) for _, forest in batches}) > 1
     torch.testing.assert_close(
-        sum(parts), sft_loss(sequence_logps(toy[0], whole), tokens), atol=1e-5, rtol=0
+        sum(parts), sft_loss(sequence_logps(model, whole), tokens), atol=1e-5, rtol=0
     )
 
 

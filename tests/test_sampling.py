@@ -39,8 +39,8 @@ def test_temper_by_hand():
 
 
 @pytest.mark.parametrize("task", ["sp", "vanilla"])
-def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
-    model, tokenizer = toy
+def test_scored_strategies_are_those_of_each_sequence_alone(toy_on_device, sample, task):
+    model, tokenizer = toy_on_device
     dialogue = sample[0]
     scored = score_strategies(model, tokenizer, task, [dialogue], max_tokens=700)
     turn = len(dialogue) - 1
@@ -51,17 +51,19 @@ def test_scored_strategies_are_those_of_each_sequence_alone(toy, sample, task):
     alone = []
     with torch.no_grad():
         for prompt, completion in item.sequences:
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-            alone.append(-F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+            ids = torch.tensor([prompt + completion], device=model.device)
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+            alone.append(-F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").cpu())
     torch.testing.assert_close(scored[turn], torch.stack(alone).log_softmax(0), atol=1e-4, rtol=0)
     assert (tokenizer.eos_token_id == item.sequences[0].completion[-1]) is (task == "sp")
 
 
 @pytest.mark.parametrize("kind", ["toy", *(kind for kind in KINDS if "window" in kind)])
-def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
+def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy, device):
     """One prompt continues another, one occurs twice, two differ only near their ends, and one
     shares nothing. The continuations end at different lengths."""
-    model = deepcopy(toy[0]) if kind == "toy" else build(configure(kind))
+    model = deepcopy(toy[0]) if kind == "toy" else build(configure(kind, head_dim=32))
+    model.to(device)
     prompts = [
         [5, 6, 7, 8],
         [5, 6, 7, 8, 9, 10, 11],
@@ -80,7 +82,8 @@ def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
         ids = list(prompt)
         with torch.no_grad():
             for _ in range(10):
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+                logits = model(torch.tensor([ids], device=device)).logits
+                ids.append(int(logits[0, -1].argmax()))
         alone.append(ids[len(prompt) :])
     model.set_attn_implementation(attention.register())
     assert greedy(stop=-1) == alone
@@ -96,10 +99,10 @@ def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy):
     assert greedy([stop]) == cut != cut_first != greedy(stops[:1])
 
 
-def test_draws_depend_on_seed_and_dialogue_alone(toy, sample):
+def test_draws_depend_on_seed_and_dialogue_alone(toy_on_device, sample):
     """So a resumed mining run draws what an uninterrupted run would have drawn. The global
     generator stays as it was."""
-    model, tokenizer = toy
+    model, tokenizer = toy_on_device
     dialogue = sample[0]
 
     def write(config):

@@ -17,7 +17,7 @@ from desc import DescError, cli, flags
 from desc.storage.files import write_json
 
 SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "desc.chat.__main__")
-BENCHMARKS = ("contest", "scaling", "planning")
+BENCHMARKS = ("contest", "scaling", "planning", "gpu")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from desc import DescError
 from desc.encoding import Item
 from desc.training.ranks import rank, world_size
-from desc.training.sharding import is_sharded
 from desc.tree import Forest, pack
 
 
@@ -75,18 +74,14 @@ def all_batches(examples: list, config) -> list[list]:
 
 
 def my_micro_batches(
-    model, items: list[Item], share: str, max_tokens: int
+    items: list[Item], share: str, max_tokens: int, device: torch.device
 ) -> list[tuple[list[Item], Forest]]:
     """This rank's micro-batches of a batch, on its device.
 
-    A sharded model's ranks divide a batch: every rank packs all of it in the same way and takes its
-    hand, so each knows the whole batch without communication. Any other model reads all of it."""
-    if is_sharded(model):
-        hands = deal(pack(items, share, max_tokens, world_size()), world_size())
-        micro_batches = hands[rank()]
-    else:
-        micro_batches = pack(items, share, max_tokens)
-    return [(members, forest.to(model.device)) for members, forest in micro_batches]
+    Every rank packs all of the batch in the same way and takes its hand, so each knows the whole
+    batch without communication."""
+    hands = deal(pack(items, share, max_tokens, world_size()), world_size())
+    return [(members, forest.to(device)) for members, forest in hands[rank()]]
 
 
 def deal(

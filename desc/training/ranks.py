@@ -8,6 +8,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# A rank may wait long for one that writes longer replies, but within a step not so long. Should one
+# die, torchrun ends the others.
+PATIENCE = timedelta(days=1)
+STEP = timedelta(minutes=30)
+patient: list[dist.ProcessGroup] = []  # the group in which ranks wait long, on the CPU
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
@@ -24,19 +30,24 @@ def join_ranks() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world_size() > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # A rank may wait long for one that writes longer replies. Should one die, torchrun ends the
-        # others.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=STEP)
+        patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
 
 
+def has_joined() -> bool:
+    """Whether join_ranks found others, or torchrun started this process alone."""
+    return dist.is_initialized()
+
+
 def leave_ranks() -> None:
     """End what join_ranks began."""
     if dist.is_initialized():
+        patient.clear()
         dist.destroy_process_group()
 
 
@@ -44,12 +55,13 @@ def gather_objects(part) -> list:
     """What each rank has, in the order of ranks, on every rank."""
     parts = [part] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, part)
+        dist.all_gather_object(parts, part, patient[0])
     return parts
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of each rank's `values`, in place, on every rank."""
+    """The sum of each rank's `values`, in place, on every rank. Ranks wait for each other as long
+    as within a step."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -57,7 +69,10 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def on_any_rank(flag: bool) -> bool:
     """Whether it is true on any rank. It is asked on the CPU, so that no GPU is waited for."""
-    return bool(sum_over_ranks(torch.tensor(int(flag))))
+    count = torch.tensor(int(flag))
+    if world_size() > 1:
+        dist.all_reduce(count, group=patient[0])
+    return bool(count)
 
 
 def wait_for_all() -> None:

@@ -23,15 +23,15 @@ from desc.storage.files import append_line, drop_torn_line, write_bytes, write_l
 from desc.storage.journal import read_metrics, work_key
 from desc.training.artefacts import save_artefact, serving_advice
 from desc.training.batches import all_batches
-from desc.training.ranks import (
-    gather_objects,
-    on_any_rank,
-    rank,
-    sum_over_ranks,
-    wait_for_all,
-    world_size,
+from desc.training.ranks import gather_objects, on_any_rank, rank, sum_over_ranks, wait_for_all
+from desc.training.sharding import (
+    average_gradients,
+    copy_whole,
+    must_shard,
+    read_weights,
+    shard,
+    whole,
 )
-from desc.training.sharding import copy_whole, read_weights, shard, whole
 from desc.training.speed import compile_layers, recompute_activations
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the number of the step
@@ -95,7 +95,8 @@ def begin(
     device: torch.device,
     reference: str = "",
 ) -> Run:
-    """Plan the batches, shard the model over several ranks, and make AdamW for what is trainable.
+    """Plan the batches, shard the model over ranks if it must be, and make AdamW for what is
+    trainable.
 
     The run goes on from a checkpoint that an earlier one left in FOLDER/checkpoints, if it had the
     same training_settings, the same `examples` and the same `reference` (its adapter's digest).
@@ -105,7 +106,7 @@ def begin(
         compile_layers(model, device)
     if config.recompute:
         recompute_activations(model)
-    if world_size() > 1:
+    if must_shard(config, device):
         shard(model, device)
         read_weights(model)
         with one_line(f"model {config.model}"):
@@ -169,8 +170,8 @@ def seed_dropout(run: Run, config: TrainConfig) -> None:
 def clip_and_step(
     run: Run, config: TrainConfig, sums: dict[str, torch.Tensor], trained_on: str
 ) -> None:
-    """Clip the gradients, take a step, forget them. `sums` are this rank's part of what to log. The
-    logged norm is that before clipping.
+    """Average the gradients over ranks, clip them, take a step, forget them. `sums` are this rank's
+    part of what to log. The logged norm is that before clipping.
 
     They are read one step later, so that a GPU never waits for the CPU. A gradient that is not
     finite is noticed then, before anything of it is saved."""
@@ -178,6 +179,7 @@ def clip_and_step(
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     limit = config.max_grad_norm if config.max_grad_norm > 0 else math.inf
+    average_gradients(list(run.trained.values()))
     norm = torch.nn.utils.clip_grad_norm_(run.trained.values(), limit)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

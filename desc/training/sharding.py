@@ -1,17 +1,65 @@
-"""Sharding a model over ranks with FSDP2: each rank holds a part of every weight, and reads its
-part alone from the model's files."""
+"""The base model on several ranks: a copy on each, whose adapters' gradients are averaged, or with
+FSDP2 a part of every weight on each, which reads that part alone from the model's files.
+
+FSDP2 gathers every weight for the reference, for the policy and for the backward pass. So a model
+that fits is copied."""
+
+import math
+import os
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from desc import DescError
 from desc.forward import decoder_blocks
 from desc.storage.base import locate, read_header, weight_files
 from desc.training.ranks import rank, world_size
+
+
+def must_shard(config, device: torch.device) -> bool:
+    """Whether the ranks share one copy of the base model, as --shard says. `auto` shards a model
+    whose weights would take more than half of a rank's memory.
+
+    Raises DescError if there is one process that torchrun did not start."""
+    if config.shard == "always" and not dist.is_initialized():
+        raise DescError("--shard always is for torchrun: torchrun --nproc_per_node 1 SCRIPT …")
+    if config.shard != "auto":
+        return config.shard == "always"
+    return world_size() > 1 and weight_bytes(config) > memory_of_rank(device) / 2
+
+
+def weight_bytes(config) -> int:
+    """Bytes of a base model's weights in the dtype in which it is loaded."""
+    headers = [read_header(path)[1] for path in weight_files(locate(config.model))]
+    entries = [entry for header in headers for entry in header.values()]
+    return sum(math.prod(entry["shape"]) for entry in entries) * config.torch_dtype.itemsize
+
+
+def memory_of_rank(device: torch.device) -> float:
+    """Bytes of memory that each rank of this machine may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Give each rank the mean of all ranks' gradients, by one sum of a few MB. FSDP has done so
+    for its own already."""
+    if world_size() == 1 or isinstance(parameters[0], DTensor):
+        return
+    gradients = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(gradients)
+    gradients /= world_size()
+    for p, gradient in zip(parameters, gradients.split([p.numel() for p in parameters])):
+        p.grad.copy_(gradient.view_as(p))
 
 
 def shard(model, device: torch.device) -> None:
@@ -34,10 +82,6 @@ def outer_modules(model) -> list[nn.Module]:
     around = {module for module in model.modules() if blocks in module.modules()}
     beside = [module for module in model.modules() if module not in inner | around]
     return [module for module in beside if list(module.parameters(recurse=False))]
-
-
-def is_sharded(model) -> bool:
-    return isinstance(model, FSDPModule)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,8 +135,8 @@ def read_weights(model) -> None:
     missing += sorted(buffers.keys() - read)
     if missing:
         raise DescError(
-            f"{folder}: its safetensors files have no {', '.join(missing[:3])} …; try one process,"
-            " which can convert older names, and if that fails, too, fetch the model again"
+            f"{folder}: its safetensors files have no {', '.join(missing[:3])} …; try --shard"
+            " never, which can convert older names, and if that fails, too, fetch the model again"
         )
 
 

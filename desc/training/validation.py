@@ -17,7 +17,6 @@ from desc.sampling import branch_logps, strategy_items, temper
 from desc.strategies import Strategies
 from desc.training.batches import my_micro_batches
 from desc.training.ranks import gather_objects
-from desc.training.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,12 @@ def planner_scores(model, config: TrainConfig, turns: PlannedTurns) -> dict[str,
     accuracy, Q and B of the confusion matrix that sampling at the paper's T 0.7, top_p 0.95 has on
     average."""
     scored: dict[str, torch.Tensor] = {}
-    for members, forest in my_micro_batches(model, turns.items, "dialogue", config.max_tokens):
+    for members, forest in my_micro_batches(
+        turns.items, "dialogue", config.max_tokens, model.device
+    ):
         scored |= branch_logps(model, members, forest)
-    if is_sharded(model):
-        for part in gather_objects(scored):
-            scored |= part
+    for part in gather_objects(scored):
+        scored |= part
     logps = torch.stack([scored[item.id] for item in turns.items])  # (T, K)
     counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), turns.gold, turns.strategies)
     scores = scores_of_confusion(counts)
