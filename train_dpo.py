@@ -279,7 +279,7 @@ def main():
             # gradients are averaged over ranks; this makes the average their sum
             (losses.sum() / len(batch) * world_size()).backward()
             sums = sums + sum_metrics(losses, chosen, rejected, policy)
-            nodes += len(forest.ids)
+            nodes += forest.nodes
             run.bar.update(len(members))
         turns_cut = sum(item.turns_cut for item in batch) / world_size()
         means = dict(zip(METRICS, sums / len(batch)))  # of this rank's pairs, over all pairs

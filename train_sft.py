@@ -155,7 +155,7 @@ def main():
             loss = sft_loss(sequence_logps(model, forest), tokens)
             # gradients are averaged over ranks; this makes the average their sum
             (loss * world_size()).backward()
-            total, nodes = total + loss.detach(), nodes + len(forest.ids)
+            total, nodes = total + loss.detach(), nodes + forest.nodes
             run.bar.update(len(members))
         turns_cut = sum(item.turns_cut for item in batch) / world_size()
         sums = {"loss": total, "nodes": nodes, "turns_cut": turns_cut}

@@ -239,7 +239,7 @@ def measure_ours(config, model, items, share: str, max_tokens: int, recompute: b
     forget_peak()
     seconds = statistics.median([seconds_of(step) for _ in range(config.repeats)])
     held = memory()
-    tree = sum(len(forest.ids) for forest in plain)
+    tree = sum(forest.nodes for forest in forests)
     sequence = sum(map(estimate.tokens_without_sharing, plain))
     return rates(config, model, len(items), tree, sequence, seconds) | {
         "padded tokens/s": sum(len(forest.ids) for forest in forests) / seconds,

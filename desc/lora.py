@@ -60,16 +60,17 @@ class LoRALinear(nn.Linear):
         if not used:
             return super().forward(x)
         # Cast where they are used: the products run in the base model's dtype, while the optimizer
-        # sees fp32.
+        # sees fp32. And cast before they are scaled, because FSDP hands them over cast.
         A = [adapter.A.to(x.dtype) for _, adapter in used]
-        B = [adapter.B * (0.0 if name in self.off else adapter.scale) for name, adapter in used]
+        scales = [0.0 if name in self.off else adapter.scale for name, adapter in used]
+        B = [adapter.B.to(x.dtype) * scale for (_, adapter), scale in zip(used, scales)]
         has_dropout = any(adapter.dropout.p > 0 for _, adapter in used)
         if has_dropout:  # each adapter drops inputs of its own
             inner = [F.linear(adapter.dropout(x), a) for (_, adapter), a in zip(used, A)]
             inner = torch.cat(inner, dim=-1)  # (…, r₁ + r₂)
         else:
             inner = F.linear(x, torch.cat(A))
-        B = torch.cat(B, dim=1).to(x.dtype)  # (out, r₁ + r₂)
+        B = torch.cat(B, dim=1)  # (out, r₁ + r₂)
         y = F.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
         # Added where it lies, because a second tensor (…, out) would cost time.
         y.addmm_(inner.reshape(len(y), -1), B.T)

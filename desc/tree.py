@@ -33,14 +33,15 @@ class Forest:
     targets: torch.Tensor  # (M,) that token
     owner: torch.Tensor  # (M,) the sequence it belongs to
     size: int  # S
+    nodes: int  # N without what fills it up, which is no work
 
     def to(self, device: torch.device) -> "Forest":
         """On its way to a GPU it is padded, because FlexAttention reads whole blocks."""
         if self.ids.device == device:
             return self
         forest = pad(self, PADDING)
-        tensors = [getattr(forest, field.name) for field in fields(self)[:-1]]
-        return Forest(*[send(tensor, device) for tensor in tensors], self.size)
+        tensors = [getattr(forest, field.name) for field in fields(self)[:-2]]
+        return Forest(*[send(tensor, device) for tensor in tensors], self.size, self.nodes)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -94,7 +95,8 @@ def grow(sequences: list[TokenSequence]) -> Forest:
         rows += paths[s][len(prompt) - 1 :]  # the prompt's last token predicts the first target
         targets += completion
         owner += [s] * len(completion)
-    return Forest(*map(torch.tensor, (ids, depth, end, rows, targets, owner)), len(sequences))
+    tensors = map(torch.tensor, (ids, depth, end, rows, targets, owner))
+    return Forest(*tensors, len(sequences), len(ids))
 
 
 def join(forests: list[Forest]) -> Forest:
@@ -105,7 +107,7 @@ def join(forests: list[Forest]) -> Forest:
         end, rows, owner = f.end + nodes, f.rows + nodes, f.owner + sequences
         parts.append((f.ids, f.depth, end, rows, f.targets, owner))
         nodes, sequences = nodes + len(f.ids), sequences + f.size
-    return Forest(*map(torch.cat, zip(*parts)), sequences)
+    return Forest(*map(torch.cat, zip(*parts)), sequences, sum(f.nodes for f in forests))
 
 
 def plant(items: list[Item], share: str) -> Forest:

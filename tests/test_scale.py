@@ -203,7 +203,7 @@ def test_a_steps_peak_is_near_the_estimate(kind, shape, recompute, ranks, undraw
         sharding.shard(model, torch.device("cpu"))
         with Peak(model) as peak:
             sequence_logps(model, chain(16_384, 512)).sum().backward()
-    assert peak.bytes < sum(planned.values()) < 1.12 * peak.bytes
+    assert peak.bytes < sum(planned.values()) < 1.1 * peak.bytes
 
 
 def kept_bytes(model, forest) -> int:
@@ -239,7 +239,7 @@ def test_activations_are_what_autograd_keeps(kind, dtype, dropout, recompute, li
         if recompute:
             recompute_activations(model)
         kept.append(kept_bytes(model, chain(200)))
-    assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.07)
+    assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.03)
 
 
 def test_what_ranks_read_in_a_row_by_hand(toy):

@@ -561,7 +561,8 @@ def test_padding_changes_no_number(adapted):
     forest = grow(flat(random_items(0)))
     padded = pad(forest, 64)
     assert len(padded.ids) % 64 == 0 and pad(padded, 64).ids.equal(padded.ids)
-    assert dense_mask(padded)[len(forest.ids) :].sum(-1).eq(1).all()  # padding sees only itself
+    assert padded.nodes == len(forest.ids) < len(padded.ids)
+    assert dense_mask(padded)[padded.nodes :].sum(-1).eq(1).all()  # padding sees only itself
     torch.testing.assert_close(
         sequence_logps(adapted, padded), sequence_logps(adapted, forest), atol=1e-5, rtol=0
     )

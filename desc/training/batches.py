@@ -102,7 +102,7 @@ def deal(
         nodes[rank_with_least] += len(batch[1].ids)
     empty = torch.tensor([], dtype=torch.int64)
     zero, one = torch.tensor([0]), torch.tensor([1])
-    blank = Forest(zero, zero, one, empty, empty, empty, 0)
+    blank = Forest(zero, zero, one, empty, empty, empty, size=0, nodes=0)
     return [hand + [([], blank)] * (per_rank - len(hand)) for hand in hands]
 
 
