@@ -48,7 +48,6 @@ from desc.storage.adapters import adapter_digest
 from desc.storage.base import base_digest
 from desc.storage.files import write_json
 from desc.storage.journal import Journal, journal_settings, read_metrics, work_key
-from desc.strategies import read_strategies
 from desc.training import ranks
 
 
@@ -115,7 +114,11 @@ def find_replied(config: EvalConfig, test: list[Dialogue]) -> list[Dialogue]:
 
 def journal_settings_of(config: EvalConfig, systems: list[System]) -> dict:
     """What the answers depend on; answers that were made with anything else are not reused."""
-    settings = answer_settings(config, "systems", "reply_dialogues", "show", "report", "correlate")
+    modules = {task for system in systems for task in system.adapters()}
+    modules |= {"annotate"} if config.annotator != "none" else set()
+    modules |= {"judge"} if config.judge != "none" else set()
+    irrelevant = ("systems", "reply_dialogues", "show", "report", "correlate")
+    settings = answer_settings(config, sorted(modules), *irrelevant)
     settings["adapters"] = {system.name: system.digests() for system in systems}
     settings["annotate"] = ""
     if config.annotator == "local":
@@ -134,17 +137,20 @@ def read_curves(systems: list[System]) -> dict[str, list[dict]]:
     return curves
 
 
-def show_turns(count: int, dialogues: list[Dialogue], answers: dict[str, list[dict]]) -> None:
+def show_turns(
+    count: int, dialogues: list[Dialogue], answers: dict[str, list[dict]], seeker: str
+) -> None:
     """Print `count` turns with what each system answered: the third turn of every dialogue, then
     the fourth of every dialogue, ….
 
-    `answers` is {system: its records}, in the order of `dialogues`."""
+    `answers` is {system: its records}, in the order of `dialogues`; `seeker` is what the domain
+    calls who is answered."""
     for number in range(count):
         earlier_rounds, index = divmod(number, len(dialogues))
         dialogue = dialogues[index]
         turn = min(2 + earlier_rounds, len(dialogue) - 1)
         human = dialogue.supporter(turn)
-        print(f"\nseeker    {dialogue.history(turn)[-1].text}")
+        print(f"\n{seeker:<9} {dialogue.history(turn)[-1].text}")
         print(f"human     [{human.strategy}] {human.text}")
         for name, records in answers.items():
             record = records[index]
@@ -164,7 +170,8 @@ def main():
     systems = find_systems(config)
     wanted = journal_settings_of(config, systems)
     cli.resolve_auto(config, device, journal_settings(config.folder, "answers", wanted))
-    strategies = read_strategies(config.strategies)
+    domain = config.read_domain()
+    strategies = domain.strategies
     splits = load_splits(config.data, config.split_file, strategies, config.seed)
     test = first(splits["test"], config.eval_dialogues)
     replied = find_replied(config, test)
@@ -193,9 +200,9 @@ def main():
         records = {}
         for system in systems:
             records[system.name] = answer_dialogue_as(
-                system, loaded, config, dialogue, strategies, with_replies
+                system, loaded, config, dialogue, domain, with_replies
             )
-        transcript = annotate_and_judge(annotator, judge, dialogue, records)
+        transcript = annotate_and_judge(annotator, judge, dialogue, records, domain)
         journal.append(
             {"key": key, "dialogue": dialogue.id, "systems": records, "judgements": transcript}
         )
@@ -222,6 +229,7 @@ def main():
         "transformers": transformers.__version__,
         "test dialogues": len(test),
         "test data": work_key(*keys),
+        "domain file": config.domain,
     }
     facts |= asdict(config) | settings
 
@@ -235,6 +243,7 @@ def main():
         results = {
             "facts": facts,
             "strategies": list(strategies),
+            "speakers": list(domain.speakers),
             "systems": rows,
             "answers": answers,
             "curves": read_curves(systems),
@@ -242,9 +251,9 @@ def main():
         }
         write_page(config.report, results)
         print(f"\nthe report is {config.report}")
-    show_turns(config.show, replied or test, answers)
+    show_turns(config.show, replied or test, answers, domain.speakers[0])
     if judge:  # last, because it may be refused if people have worked on the file meanwhile
-        agreement.write_ratings(config.ratings_file, test, answers)
+        agreement.write_ratings(config.ratings_file, test, answers, domain.speakers)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from desc import DescError, cli
+from desc.domain import Domain
 from desc.esconv import first, load_splits
 from desc.evaluation.tables import mining_table
 from desc.flags import MANY, AskConfig, SampleConfig, TaskConfig, answer_settings, flag, parse
@@ -39,7 +40,6 @@ from desc.storage.adapters import adapter_digest
 from desc.storage.base import base_digest
 from desc.storage.files import write_json, write_lines
 from desc.storage.journal import Journal, journal_settings, work_key
-from desc.strategies import Strategies, read_strategies
 from desc.training import ranks
 
 
@@ -116,10 +116,10 @@ def adapter_folder(config: MineConfig, module: str) -> Path:
     return Path(config.out) / module / "sft"
 
 
-def make_sampler(config: MineConfig, model, tokenizer, endpoint, modules, strategies: Strategies):
+def make_sampler(config: MineConfig, model, tokenizer, endpoint, modules, domain: Domain):
     """Who answers, as --sampler says."""
     if config.sampler == "endpoint":
-        return EndpointSampler(endpoint, config, strategies)
+        return EndpointSampler(endpoint, config, domain)
     for module in modules:
         otherwise = f"mines the base model; first run train_sft.py --task {module}"
         if config.sft == "base":
@@ -128,14 +128,14 @@ def make_sampler(config: MineConfig, model, tokenizer, endpoint, modules, strate
             cli.use_adapter(config, model, adapter_folder(config, module), module, otherwise)
         else:  # one's own data: a step that failed should not go unnoticed
             cli.use_adapter(config, model, adapter_folder(config, module), module)
-    return LocalSampler(model, tokenizer, config, strategies)
+    return LocalSampler(model, tokenizer, config, domain)
 
 
 def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:
     """What the answers depend on; answers that were made with anything else are not reused."""
-    settings = answer_settings(
-        config, "train_dialogues", "agreement", "min_confidence", "review", "label_map", "held_out"
-    )
+    reading = modules if config.annotator == "none" else (*modules, "annotate")
+    irrelevant = ("train_dialogues", "agreement", "min_confidence", "review", "label_map")
+    settings = answer_settings(config, reading, *irrelevant, "held_out")
     if config.together:  # all-to-rg routes the same answers in another way
         settings |= {"task": "sp and rg", "routing": "paper"}
     adapters = list(modules) if config.sampler == "local" else []
@@ -146,13 +146,13 @@ def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:
     return settings | {"adapters": digests, "base": base}
 
 
-def write_pairs(config: MineConfig, file: str, answered, strategies: Strategies) -> None:
+def write_pairs(config: MineConfig, file: str, answered, domain: Domain) -> None:
     """Route the answers of one split, (dialogue, answers) each, and say what came of them."""
     routed = route(
-        config.task, config.routing, answered, strategies, config.min_confidence, config.strategy_at
+        config.task, config.routing, answered, domain, config.min_confidence, config.strategy_at
     )
     write_lines(config.folder / file, [pair.record() for pair in routed.pairs])
-    counts = account(config.task, routed, strategies)
+    counts = account(config.task, routed, domain)
     if file == "pairs.jsonl":
         write_json(config.folder / "mining.json", counts)
     print(f"\n{config.folder / file}\n{mining_table(counts)}")
@@ -169,8 +169,8 @@ def main():
     wanted = journal_settings_of(config, modules)
     if config.loads_model:
         cli.resolve_auto(config, device, journal_settings(folder, "answers", wanted))
-    strategies = read_strategies(config.strategies)
-    splits = load_splits(config.data, config.split_file, strategies, config.seed)
+    domain = config.read_domain()
+    splits = load_splits(config.data, config.split_file, domain.strategies, config.seed)
 
     model, tokenizer = None, None
     if config.loads_model:
@@ -181,18 +181,18 @@ def main():
             cli.claim_folders(Path(config.out) / "agreement")
             endpoint.keep_answers(Path(config.out) / "agreement")
         if ranks.rank() == 0:
-            print(agreement.measure_agreement(config, splits["test"], strategies, annotator))
+            print(agreement.measure_agreement(config, splits["test"], domain, annotator))
         if endpoint:
             endpoint.print_unread()
             if ranks.rank() == 0:
                 endpoint.kept.discard()
         return
-    sampler = make_sampler(config, model, tokenizer, endpoint, modules, strategies)
+    sampler = make_sampler(config, model, tokenizer, endpoint, modules, domain)
 
     split_of, work = {}, {}  # by key: the split of a dialogue, and the dialogue
     for split, count in (("train", config.train_dialogues), ("valid", config.eval_dialogues)):
         for dialogue in first(splits[split], count):
-            key = work_key(split, dialogue, strategies)
+            key = work_key(split, dialogue, domain.strategies)
             split_of[key], work[key] = split, dialogue
     settings = journal_settings_of(config, modules)
     cli.claim_folders(folder, config.folder)
@@ -227,11 +227,13 @@ def main():
         answers_of[record["key"]] = [Answer.read(answer) for answer in record["answers"]]
     for split, file in (("train", "pairs.jsonl"), ("valid", "pairs.valid.jsonl")):
         answered = [(work[key], answers_of[key]) for key in work if split_of[key] == split]
-        write_pairs(config, file, answered, strategies)
+        write_pairs(config, file, answered, domain)
     cli.save_config(config, config.folder, settings["base"])
     if config.review:
         judged = [(work[key], answer) for key in work for answer in answers_of[key]]
-        agreement.write_review(config.review_file, judged, config.review, config.seed)
+        agreement.write_review(
+            config.review_file, judged, config.review, config.seed, domain.speakers
+        )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from desc.losses import dpo_loss
 from desc.pairs import Pair, encode_pair, read_pairs
 from desc.storage.adapters import adapter_digest
 from desc.storage.checkpoint import checkpoint_settings
-from desc.strategies import read_strategies
 from desc.training.batches import (
     all_batches,
     encode_all,
@@ -107,7 +106,7 @@ def find_pairs(config: DPOConfig) -> Path:
         print(f"{mine_first} for your own; uses a few shipped ones")
         folder = shipped
     made_with = {"task": config.task} if folder == shipped else cli.read_config(folder)
-    cli.refuse_other_place(config, folder, made_with)
+    cli.refuse_other_prompts(config, folder, made_with)
     print(f"uses the pairs in {folder}")
     return folder
 
@@ -213,8 +212,8 @@ def main():
     cli.resolve_auto(config, device, checkpoint_settings(folder / "checkpoints"))
     config.beta = BETA[config.task] if config.beta is None else config.beta
     source = find_pairs(config)
-    strategies = read_strategies(config.strategies)
-    splits = load_splits(config.data, config.split_file, strategies, config.seed)
+    domain = config.read_domain()
+    splits = load_splits(config.data, config.split_file, domain.strategies, config.seed)
     valid_dialogues = first(splits["valid"], config.eval_dialogues)
     pairs = read_pairs(source / "pairs.jsonl", config.task)
     valid_pairs = first(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
@@ -222,7 +221,7 @@ def main():
     model, tokenizer = cli.load_model(config, device, empty)
 
     def encode(pair: Pair) -> Item:
-        return encode_pair(tokenizer, pair, config.max_length)
+        return encode_pair(tokenizer, pair, config.max_length, domain.speakers)
 
     def prepare(batch: list[Item]):
         """The whole batch, and this rank's trees of it."""
@@ -237,7 +236,7 @@ def main():
     valid_items = drop_equal(
         encode_all(encode, valid_pairs, "validation pairs"), "validation pairs"
     )
-    turns = planned_turns(tokenizer, config, valid_dialogues, strategies)
+    turns = planned_turns(tokenizer, config, valid_dialogues, domain)
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:

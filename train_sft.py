@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from desc import DescError, cli
+from desc.domain import Domain
 from desc.encoding import Item, encode_example, mark_loss
 from desc.esconv import Dialogue, first, load_splits
 from desc.flags import MANY, TrainConfig, flag, parse
@@ -25,7 +26,6 @@ from desc.lora import add_adapter, train_adapters
 from desc.losses import sft_loss
 from desc.prompts import TASKS, Example, build_examples
 from desc.storage.checkpoint import checkpoint_settings
-from desc.strategies import Strategies, read_strategies
 from desc.training.batches import all_batches, encode_all, my_micro_batches, prepare_ahead
 from desc.training.estimate import estimate
 from desc.training.ranks import join_ranks, sum_over_ranks, world_size
@@ -72,19 +72,18 @@ class SFTConfig(TrainConfig):
 
 
 def find_examples(
-    config: SFTConfig, splits: dict[str, list[Dialogue]], strategies: Strategies
+    config: SFTConfig, splits: dict[str, list[Dialogue]], domain: Domain
 ) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those to validate on."""
     if config.task != "annotate":
         train = first(splits["train"], config.train_dialogues)
         valid = first(splits["valid"], config.eval_dialogues)
         return tuple(
-            build_examples(config.task, part, strategies, config.strategy_at)
-            for part in (train, valid)
+            build_examples(config.task, part, domain, config.strategy_at) for part in (train, valid)
         )
     if not config.labels:
         raise DescError("--task annotate learns from labelled turns: give --labels FILE")
-    labelled = read_labels(config.labels, splits["test"], strategies, config.label_map)
+    labelled = read_labels(config.labels, splits["test"], domain, config.label_map)
     rest, _ = hold_out(labelled, config.held_out)
     train, valid = hold_out(balance(rest), 0.1)
     if not train or not valid:
@@ -92,7 +91,7 @@ def find_examples(
             f"{config.labels}: too few dialogues to train and to validate on; label more, or lower"
             " --held-out"
         )
-    return [turn.example() for turn in train], [turn.example() for turn in valid]
+    return [turn.example(domain) for turn in train], [turn.example(domain) for turn in valid]
 
 
 def count_tokens(items: list[Item]) -> int:
@@ -119,15 +118,15 @@ def main():
     config = parse(SFTConfig)
     device, folder = join_ranks(), config.folder / "sft"
     cli.resolve_auto(config, device, checkpoint_settings(folder / "checkpoints"))
-    strategies = read_strategies(config.strategies)
-    splits = load_splits(config.data, config.split_file, strategies, config.seed)
+    domain = config.read_domain()
+    splits = load_splits(config.data, config.split_file, domain.strategies, config.seed)
     valid_dialogues = first(splits["valid"], config.eval_dialogues)
-    examples, valid_examples = find_examples(config, splits, strategies)
+    examples, valid_examples = find_examples(config, splits, domain)
     empty = must_shard(config, device) or config.estimate > 0
     model, tokenizer = cli.load_model(config, device, empty)
 
     def encode(example: Example) -> Item:
-        return encode_example(tokenizer, example, config.max_length)
+        return encode_example(tokenizer, example, config.max_length, domain.speakers)
 
     def prepare(batch: list[Item]):
         """The whole batch, which says what to divide by, and this rank's trees of it."""
@@ -138,7 +137,7 @@ def main():
         return
     items = encode_all(encode, examples, "turns")
     valid_items = encode_all(encode, valid_examples, "validation turns")
-    turns = planned_turns(tokenizer, config, valid_dialogues, strategies)
+    turns = planned_turns(tokenizer, config, valid_dialogues, domain)
     torch.manual_seed(config.seed)
     add_adapter(model, "sft", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:

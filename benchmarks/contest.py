@@ -26,7 +26,6 @@ from desc.esconv import Dialogue, load_splits
 from desc.flags import MANY, TaskConfig, flag, parse
 from desc.lora import add_adapter, load_adapter, lora_layers, save_adapter
 from desc.storage import zoo
-from desc.strategies import read_strategies
 from desc.training.speed import compile_layers
 from desc.tree import pack
 
@@ -124,7 +123,7 @@ def our_model(config, dtype):
 
 def training_dialogues(config) -> list[Dialogue]:
     return load_splits(
-        config.data, config.split_file, read_strategies(config.strategies), config.seed
+        config.data, config.split_file, config.read_domain().strategies, config.seed
     )["train"]
 
 

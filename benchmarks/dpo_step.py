@@ -24,7 +24,6 @@ from desc.lora import adapter_off
 from desc.losses import dpo_loss
 from desc.pairs import Pair, encode_pair
 from desc.prompts import build_examples
-from desc.strategies import read_strategies
 from desc.tree import Forest
 
 BETA = 0.5
@@ -32,11 +31,13 @@ BETA = 0.5
 
 def make_pairs(config, dialogues: list[Dialogue]) -> list[Pair]:
     """The human answer and, for sp, a wrong strategy, else what was said at another turn."""
-    strategies, draw = read_strategies(config.strategies), random.Random(config.seed)
-    examples = build_examples(config.task, dialogues, strategies, config.strategy_at)
+    domain, draw = config.read_domain(), random.Random(config.seed)
+    examples = build_examples(config.task, dialogues, domain, config.strategy_at)
     pairs = []
     for e in examples:
-        others = strategies if config.task == "sp" else [other.completion for other in examples]
+        others = (
+            domain.strategies if config.task == "sp" else [other.completion for other in examples]
+        )
         rejected = draw.choice([text for text in others if text != e.completion])
         name = f"{e.dialogue}/{e.turn}"
         pairs.append(
@@ -56,7 +57,8 @@ def make_pairs(config, dialogues: list[Dialogue]) -> list[Pair]:
 
 
 def encode_pairs(config, tokenizer, pairs: list[Pair]) -> list[Item]:
-    return [encode_pair(tokenizer, pair, config.max_length) for pair in pairs]
+    speakers = config.read_domain().speakers
+    return [encode_pair(tokenizer, pair, config.max_length, speakers) for pair in pairs]
 
 
 def loss_of(model, forest: Forest, items: list[Item]) -> torch.Tensor:

@@ -20,7 +20,6 @@ from desc.esconv import load_splits
 from desc.flags import MANY, DataConfig, flag, parse
 from desc.prompts import build_messages
 from desc.sampling import score_strategies
-from desc.strategies import read_strategies
 
 
 @dataclass
@@ -32,7 +31,8 @@ def main():
     config = parse(Config)
     cli.resolve_auto(config, DEVICE)
     print(machine(config))
-    strategies = read_strategies(config.strategies)
+    domain = config.read_domain()
+    strategies = domain.strategies
     test = load_splits(config.data, config.split_file, strategies, config.seed)["test"][
         : config.eval_dialogues or None
     ]
@@ -40,14 +40,10 @@ def main():
     cli.use_adapter(config, model, Path(config.out) / "sp" / "sft", "sp", "the base model plans")
 
     # warm
-    score_strategies(
-        model, tokenizer, "sp", test[:1], strategies, config.max_length, config.max_tokens
-    )
+    score_strategies(model, tokenizer, "sp", test[:1], domain, config.max_length, config.max_tokens)
     begin = now()
     rows = [
-        score_strategies(
-            model, tokenizer, "sp", [d], strategies, config.max_length, config.max_tokens
-        )
+        score_strategies(model, tokenizer, "sp", [d], domain, config.max_length, config.max_tokens)
         for d in tqdm(test)
     ]
     exact = now() - begin
@@ -58,7 +54,7 @@ def main():
     begin, same = now(), 0
     for i in tqdm(some):
         prompt = torch.tensor(
-            [encode_prompt(tokenizer, build_messages("sp", *places[i], strategies=strategies))],
+            [encode_prompt(tokenizer, build_messages("sp", *places[i], domain=domain))],
             device=model.device,
         )
         with torch.no_grad():

@@ -17,15 +17,12 @@ from desc.esconv import Dialogue
 from desc.forward import sequence_logps
 from desc.losses import sft_loss
 from desc.prompts import Example, build_examples
-from desc.strategies import read_strategies
 from desc.templates import end_of_turn
 from desc.tree import Forest
 
 
 def make_turns(config, dialogues: list[Dialogue]) -> list[Example]:
-    return build_examples(
-        config.task, dialogues, read_strategies(config.strategies), config.strategy_at
-    )
+    return build_examples(config.task, dialogues, config.read_domain(), config.strategy_at)
 
 
 def encode_turns(config, turns: list[Example]) -> list[Item]:
@@ -37,7 +34,8 @@ def encode_turns(config, turns: list[Example]) -> list[Item]:
         tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False
     ).input_ids
     after = ids[len(ids) - ids[::-1].index(end_of_turn(tokenizer)) :]
-    items = [encode_example(tokenizer, turn, config.max_length) for turn in turns]
+    speakers = config.read_domain().speakers
+    items = [encode_example(tokenizer, turn, config.max_length, speakers) for turn in turns]
     return [
         replace(
             item, sequences=[TokenSequence(s.prompt, s.completion + after) for s in item.sequences]

@@ -5,7 +5,7 @@ The ground, under the method because that must read files and find models
                   imports nothing else of desc
 
 The method, in reading order; each file imports only those above it
-    strategies    the taxonomy, as a value
+    domain        a kind of dialogue, as a value: strategies, speakers, instructions, errors
     esconv        dialogues and their splits
     prompts       (task, dialogue, turn) -> messages and completion
     templates     how a model's own chat template renders a conversation

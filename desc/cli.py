@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from desc import DescError, __version__
+from desc.domain import ESCONV, READ_BY
 from desc.flags import Config
 from desc.lora import load_adapter
 from desc.modeling import load, native_dtype
@@ -114,12 +115,12 @@ def use_adapter(
     """Attach the adapter in `folder`, frozen. Returns whether there is one. Prints which adapter is
     used, or what happens `otherwise`.
 
-    Raises DescError if there is none and `otherwise` is None, or if it was trained on another base
-    or with the strategy in another place."""
+    Raises DescError if there is none and `otherwise` is None, or if it was trained on another base,
+    for another domain, or with the strategy in another place."""
     if has_adapter(folder):
         made_with = read_config(folder)
         refuse_other_base(model, folder, made_with.get("base"))
-        refuse_other_place(config, folder, made_with)
+        refuse_other_prompts(config, folder, made_with)
         print(f"uses the adapter {folder}")
         load_adapter(model, folder, name)
         return True
@@ -136,9 +137,22 @@ def read_config(folder: Path) -> dict:
     return made_with if isinstance(made_with, dict) else {}
 
 
-def refuse_other_place(config: Config, folder: Path, made_with: dict) -> None:
-    """Raises DescError if what lies in `folder` is for rg and has the strategy in another place
-    than --strategy-at. Before that flag it stood in the system message."""
+def refuse_other_prompts(config: Config, folder: Path, made_with: dict) -> None:
+    """Raises DescError if what lies in `folder` was made for prompts that the flags do not make.
+
+    They differ if the module reads another domain, or if it is rg and has the strategy in another
+    place than --strategy-at. Before these flags the domain was ESConv's, and the strategy stood in
+    the system message."""
+    module = made_with.get("task")
+    if module in tuple(READ_BY):
+        digest = made_with.get("domain_digest", ESCONV.digest(module))
+        if digest != config.read_domain().digest(module):
+            file = made_with.get("domain")
+            advice = f"give --domain {file} as it was" if file else "give no --domain"
+            raise DescError(
+                f"{folder}: was made for another domain than {config.domain or 'ESConv'};"
+                f" {advice}, or make it again"
+            )
     place = made_with.get("strategy_at", "system")
     if made_with.get("task") == "rg" and place != config.strategy_at:
         raise DescError(
@@ -162,9 +176,10 @@ def refuse_other_base(model, folder: Path, made_for: str | None) -> None:
 
 
 def save_config(config, folder: Path, base: str = "") -> None:
-    """config.json: the flags, versions and base model (its digest) that made what lies in
-    `folder`."""
+    """config.json: the flags, versions, base model and domain (their digests) that made what lies
+    in `folder`."""
     versions = {"desc": __version__, "torch": torch.__version__, "base": base}
+    versions["domain_digest"] = config.read_domain().digest(config.task)
     write_json(folder / "config.json", versions | asdict(config))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from desc import DescError
+from desc.domain import ESCONV
 from desc.prompts import Example, Messages, drop_oldest
 from desc.templates import control_tokens, defuse, form_of, render
 
@@ -80,19 +81,20 @@ def encode(
     completions: list[str],
     max_length: int,
     end: bool = True,
+    speakers: tuple[str, str] = ESCONV.speakers,
 ) -> Item:
     """Tokenise one prompt with each of its completions, dropping the oldest exchanges until all fit
     in `max_length` tokens.
 
     `end=False` leaves the end-of-turn token out, because the completion goes on (the tag of
-    "[strategy] reply"). Raises DescError, with `name` before it, if the system message, the latest
-    turn and the completion alone are too long, or if the chat template cannot render the
-    messages."""
+    "[strategy] reply"). `speakers` are the domain's, by which a flattened history is cut. Raises
+    DescError, with `name` before it, if the system message, the latest turn and the completion
+    alone are too long, or if the chat template cannot render the messages."""
     tails = [encode_completion(tokenizer, text, end) for text in completions]
     longest, kept, cut = max(map(len, tails)), messages, 0
     try:
         while len(prompt := encode_prompt(tokenizer, kept)) + longest > max_length:
-            kept, cut = drop_oldest(kept), cut + 1
+            kept, cut = drop_oldest(kept, speakers), cut + 1
             if kept is None:
                 raise DescError(
                     f"the latest turn alone has more than {max_length} tokens; raise max_length"
@@ -102,11 +104,18 @@ def encode(
     return Item(name, dialogue, [TokenSequence(prompt, tail) for tail in tails], cut)
 
 
-def encode_example(tokenizer, example: Example, max_length: int) -> Item:
-    """One supporter turn with the human answer, for SFT."""
-    name = f"{example.dialogue}/{example.turn}"
+def encode_example(
+    tokenizer, example: Example, max_length: int, speakers: tuple[str, str] = ESCONV.speakers
+) -> Item:
+    """One supporter turn with the human answer, for SFT. `speakers` as in encode."""
     return encode(
-        tokenizer, name, example.dialogue, example.messages, [example.completion], max_length
+        tokenizer,
+        f"{example.dialogue}/{example.turn}",
+        example.dialogue,
+        example.messages,
+        [example.completion],
+        max_length,
+        speakers=speakers,
     )
 
 

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from desc import DescError
-from desc.storage.files import read_records
-from desc.strategies import ESCONV, Strategies
+from desc.domain import ESCONV, Strategies
+from desc.storage.files import read_field, read_records
 
 SPLITS = ("train", "valid", "test")
 HUB = "thu-coai/esconv"
@@ -18,7 +18,7 @@ SPEAKERS = {"seeker": "seeker", "usr": "seeker", "supporter": "supporter", "sys"
 
 @dataclass(frozen=True)
 class Turn:
-    speaker: str  # "seeker" or "supporter"
+    speaker: str  # the role: "seeker", who is answered, or "supporter", who answers
     text: str
     strategy: str | None = None  # the supporter's; None for the seeker
 
@@ -51,9 +51,13 @@ def first(dialogues: list, count: int) -> list:
     return dialogues[:count] if count else dialogues
 
 
-def flatten(turns: Iterable[Turn], render: Callable[[str], str] = str) -> str:
-    """One line per utterance: its speaker, and its text as `render` writes it."""
-    return "".join(f"{turn.speaker}: {render(turn.text)}\n" for turn in turns)
+def flatten(
+    turns: Iterable[Turn], speakers: tuple[str, str], render: Callable[[str], str] = str
+) -> str:
+    """One line per utterance: its speaker's name, and its text as `render` writes it. `speakers`
+    are a domain's names of who is answered and of who answers."""
+    names = dict(zip(("seeker", "supporter"), speakers))
+    return "".join(f"{names[turn.speaker]}: {render(turn.text)}\n" for turn in turns)
 
 
 def alternate(utterances: list[Turn]) -> tuple[Turn, ...]:
@@ -75,7 +79,7 @@ def alternate(utterances: list[Turn]) -> tuple[Turn, ...]:
     return tuple(turns[: len(turns) // 2 * 2])
 
 
-def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Dialogue]:
+def load_dialogues(path: str | Path, strategies: Strategies = ESCONV.strategies) -> list[Dialogue]:
     """Read a file of dialogues, in its order, with the ids "0", "1", ….
 
     The file is one of three things:
@@ -102,31 +106,6 @@ def load_dialogues(path: str | Path, strategies: Strategies = ESCONV) -> list[Di
             raise DescError(f"{where}: field 'dialog' has no supporter utterance")
         dialogues.append(Dialogue(str(i), turns))
     return dialogues
-
-
-KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-
-
-def describe(value) -> str:
-    """What an error message calls a JSON value: "a list", or a number as it is."""
-    return KINDS.get(type(value), repr(value))
-
-
-def read_field(record, name: str, kind: type, where: str):
-    """record[name], checked. Raises DescError if it is missing, or of another kind."""
-    if not isinstance(record, dict):
-        raise DescError(f"{where}: should be an object, not {describe(record)}")
-    if name not in record:
-        names = ", ".join(map(repr, record)) or "none"
-        raise DescError(f"{where}: field {name!r} is missing (it has {names})")
-    value = record[name]
-    if not isinstance(value, kind):
-        raise DescError(f"{where}: field {name!r} should be {KINDS[kind]}, not {describe(value)}")
-    if kind is str and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DescError(
-            f"{where}: field {name!r} holds half a surrogate pair, which is no Unicode text"
-        )
-    return value
 
 
 def _utterance(record, where: str, strategies: Strategies) -> Turn:
@@ -199,7 +178,10 @@ def read_split(path: str, count: int) -> dict[str, list[int]]:
 
 
 def load_splits(
-    data: str, split_file: str | None = None, strategies: Strategies = ESCONV, seed: int = 0
+    data: str,
+    split_file: str | None = None,
+    strategies: Strategies = ESCONV.strategies,
+    seed: int = 0,
 ) -> dict[str, list[Dialogue]]:
     """The three splits of "sample" (shipped with the package), "esconv" (fetched from the Hub, in
     its own splits), or a file."""

@@ -4,7 +4,9 @@ one."""
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from desc import DescError
+from desc.domain import Domain, read_domain
 from desc.prompts import STRATEGY_PLACES, TASKS
 from desc.tree import SHARING
 
@@ -29,12 +32,18 @@ def flag(default, text: str, at_least: float | None = None, at_most: float | Non
     return field(default=default, metadata=metadata)
 
 
+read_domain_once = cache(read_domain)
+
+
 @dataclass
 class Config:
     """Flags of every script."""
 
     model: str = flag("smollm2", "smollm2, toy, a Hub id or a folder")
-    strategies: str | None = flag(None, "a text file with another taxonomy, one strategy per line")
+    domain: str | None = flag(
+        None,
+        "JSON with another kind of dialogue than ESConv's (README): its strategies, prompts, …",
+    )
     out: str = flag("out", "the folder under which every artefact lies")
     seed: int = flag(
         0,
@@ -68,6 +77,10 @@ class Config:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    def read_domain(self) -> Domain:
+        """The domain in --domain, else ESConv's. A file is read once, so a run has one domain."""
+        return read_domain_once(self.domain)
 
 
 @dataclass
@@ -284,12 +297,17 @@ def training_settings(config: TrainConfig) -> dict:
     # When the run is scored and saved. With another --eval-every the best adapter is chosen among
     # other steps. --keep is not free, because the best adapter already lies where it says.
     free |= {"eval_every", "save_every"}
-    return {name: value for name, value in asdict(config).items() if name not in free}
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    # What the module reads of a domain, by its digest, instead of the file's place. No entry, as in
+    # the checkpoints before --domain, is ESConv's.
+    return settings | {"domain": config.domain and config.read_domain().digest(config.task)}
 
 
-def answer_settings(config, *irrelevant: str) -> dict:
+def answer_settings(config, modules: Iterable[str], *irrelevant: str) -> dict:
     """The flags that change what a model says of a dialogue: all but those that never do, and those
-    that are `irrelevant` to this script's answers."""
-    never = {"data", "split_file", "strategies", "out", "max_tokens", "eval_dialogues"}
+    that are `irrelevant` to this script's answers. Of the domain, what the `modules` read of it."""
+    never = {"data", "split_file", "out", "max_tokens", "eval_dialogues"}
     never |= {"endpoint", "concurrency", "timeout", "max_calls", *irrelevant}
-    return {name: value for name, value in asdict(config).items() if name not in never}
+    settings = {name: value for name, value in asdict(config).items() if name not in never}
+    digests = {module: config.read_domain().digest(module) for module in modules}
+    return settings | {"domain": config.domain and digests}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from desc.strategies import ESCONV, Strategies
+from desc.domain import ESCONV, Strategies
 
 # No interval is computed from fewer groups. Four give 35 different resamples only, and an interval
 # of 95 % covers only 70 to 90 % at five (simulated as in tests/test_metrics.py).
@@ -21,7 +21,7 @@ NO_INTERVAL = (
 
 
 def confusion(
-    gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV
+    gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV.strategies
 ) -> np.ndarray:
     """Counts (K, K): [i, j] are the turns that were predicted i and whose gold is j."""
     counts = np.zeros((len(strategies), len(strategies)))
@@ -37,7 +37,7 @@ class PreferenceBias:
 
 
 def preference_bias(
-    gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV
+    gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV.strategies
 ) -> PreferenceBias:
     """Kang et al. 2024: a Bradley-Terry strength for each strategy. A turn predicted i whose gold
     is j is a win of i over j."""
@@ -86,7 +86,7 @@ class StrategyScores:
 
 
 def strategy_scores(
-    gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV
+    gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV.strategies
 ) -> StrategyScores:
     """Accuracy, Q and Q_W, each in 0 … 1, over all strategies of the taxonomy."""
     return scores_of_confusion(confusion(gold, predicted, strategies))
@@ -145,7 +145,7 @@ def interval(
 
 
 def expected_confusion(
-    probabilities: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV
+    probabilities: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV.strategies
 ) -> np.ndarray:
     """The confusion matrix (K, K) that sampling from `probabilities` (T, K) has on average: it is
     free of sampling noise."""
@@ -154,7 +154,7 @@ def expected_confusion(
 
 
 def negative_log_likelihood(
-    logps: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV
+    logps: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV.strategies
 ) -> float:
     """− mean log p(gold strategy) of a planner's exact distribution, logps (T, K): nats per
     turn."""
@@ -163,7 +163,7 @@ def negative_log_likelihood(
 
 
 def top_hits(
-    logps: np.ndarray, gold: Sequence[str], k: int, strategies: Strategies = ESCONV
+    logps: np.ndarray, gold: Sequence[str], k: int, strategies: Strategies = ESCONV.strategies
 ) -> int:
     """In how many turns the gold strategy is among the k likeliest, of logps (T, K)."""
     likeliest = np.argsort(-logps, axis=1, kind="stable")[:, :k]
@@ -171,7 +171,10 @@ def top_hits(
 
 
 def calibration_counts(
-    logps: np.ndarray, gold: Sequence[str], strategies: Strategies = ESCONV, bins: int = 10
+    logps: np.ndarray,
+    gold: Sequence[str],
+    strategies: Strategies = ESCONV.strategies,
+    bins: int = 10,
 ) -> np.ndarray:
     """Counts (bins, 3) of a planner's logps (T, K), to be summed over dialogues. For each equal
     part of 0 … 1: the turns whose likeliest strategy has a probability in it, the sum of these

@@ -9,19 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from desc.domain import NO_ERROR, Domain
 from desc.esconv import Dialogue, Turn
 from desc.pairs import Pair
 from desc.prompts import build_completion, build_messages
-from desc.strategies import Strategies
 
-MISMATCH = "strategy mismatch"
-# The errors of replies, which make pairs for the generator.
-OF_REPLIES = ("lack of empathy", "early emotion shift", "template response")
-LABELS = (MISMATCH, *OF_REPLIES, "emotion misread", "none")
+MISMATCH = "strategy mismatch"  # as released: another strategy than the human's
+TEMPLATE = "template response"
 UNREADABLE = "unreadable"  # what an endpoint wrote could not be read
 ROUTINGS = ("released", "paper", "all-to-rg")
-# Which errors make a pair for which task.
-FAULTS = {"sp": (MISMATCH,), "rg": OF_REPLIES, "vanilla": (MISMATCH, *OF_REPLIES)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Annotation:
-    error: str  # one of LABELS, or UNREADABLE
+    error: str  # one of the domain's labels, or UNREADABLE
     confidence: float  # 0 … 1: the label's share of probability, or an endpoint's own word for it
     explanation: str = ""
 
@@ -81,7 +77,7 @@ def answer_dialogue(
         written = [dialogue.supporter(turn).strategy for turn in turns]
     else:
         written = sampler.plan(dialogue, turns)
-    planned = [sampler.strategies.parse(text) for text in written]
+    planned = [sampler.domain.strategies.parse(text) for text in written]
     readable = [i for i, strategy in enumerate(planned) if strategy]
     replies = list(written)  # of a strategy that cannot be read, all that was written is kept
     if task == "sp" and routing == "released":
@@ -117,7 +113,12 @@ def annotate(
 
 
 def find_error(
-    task: str, routing: str, gold: Turn, answer: Answer, least_confidence: float = 0.0
+    task: str,
+    routing: str,
+    gold: Turn,
+    answer: Answer,
+    domain: Domain,
+    least_confidence: float = 0.0,
 ) -> tuple[str | None, str]:
     """(the error of an answer that makes a pair, ""), or (None, why it makes none).
 
@@ -127,9 +128,9 @@ def find_error(
                rg, vanilla: the annotator finds fault with the answer, and none with the human's.
                Without an annotator any reply that differs from the human's is taken to be worse
                ("unjudged").
-    paper      The annotator decides: a strategy mismatch is the planner's fault, and the errors of
-               replies are the generator's.
-    all-to-rg  The ablation: a mismatch is the generator's fault, too."""
+    paper      The annotator decides. The domain says whose fault an error is: in ESConv's a
+               strategy mismatch is the planner's, and the errors of replies are the generator's.
+    all-to-rg  The ablation: the planner's errors are the generator's fault, too."""
     if answer.strategy is None or (task != "sp" and not answer.reply):
         return None, "empty or unreadable answer"
     written = build_completion(task, answer.strategy, answer.reply)
@@ -141,18 +142,15 @@ def find_error(
     if answer.judged is None:
         return None, "empty or unreadable answer"
     error = answer.judged.error
-    if error == "none":
+    if error == NO_ERROR:
         return None, "nothing wrong"
     if error == UNREADABLE:
         return None, "unreadable judgement"
     if answer.judged.confidence < least_confidence:
         return None, "unsure judgement"
-    faults = FAULTS[task]
-    if routing == "all-to-rg":
-        faults = (MISMATCH, *faults)
-    if error not in faults:
+    if error not in domain.faults("vanilla" if routing == "all-to-rg" else task):
         return None, f"not this module's fault: {error}"
-    if answer.human and answer.human.error in (*OF_REPLIES, UNREADABLE):
+    if answer.human and answer.human.error in (*domain.faults("rg"), UNREADABLE):
         return None, "no sound human answer"
     return error, ""
 
@@ -171,7 +169,7 @@ def route(
     task: str,
     routing: str,
     dialogues: Iterable[tuple[Dialogue, list[Answer]]],
-    strategies: Strategies,
+    domain: Domain,
     least_confidence: float = 0.0,
     strategy_at: str = "system",
 ) -> Routed:
@@ -187,7 +185,7 @@ def route(
         for answer in answers:
             turn = answer.turn
             gold = dialogue.supporter(turn)
-            error, reason = find_error(task, routing, gold, answer, least_confidence)
+            error, reason = find_error(task, routing, gold, answer, domain, least_confidence)
             if error is None:
                 routed.dropped[reason] += 1
                 continue
@@ -201,7 +199,7 @@ def route(
             if pairs_of_turn[turn]:
                 name += f"/{pairs_of_turn[turn]}"
             pairs_of_turn[turn] += 1
-            prompt = build_messages(task, dialogue, turn, gold.strategy, strategies, strategy_at)
+            prompt = build_messages(task, dialogue, turn, gold.strategy, domain, strategy_at)
             chosen = build_completion(task, gold.strategy, gold.text)
             pair = Pair(
                 name, task, dialogue.id, turn, gold.strategy, error, prompt, chosen, rejected
@@ -211,11 +209,11 @@ def route(
     return routed
 
 
-def account(task: str, routed: Routed, strategies: Strategies) -> dict:
+def account(task: str, routed: Routed, domain: Domain) -> dict:
     """What was mined, kept and dropped, as mining.json has it, with warnings.
 
-    It warns of too much of one strategy, or of too few template responses: that is how mining
-    fails, according to the paper."""
+    It warns of too much of one strategy, or of too few template responses, if the domain has that
+    error: that is how mining fails, according to the paper."""
     pairs = routed.pairs
     chosen = Counter(pair.strategy for pair in pairs)
     rejected = Counter(routed.rejected_strategies)
@@ -225,8 +223,8 @@ def account(task: str, routed: Routed, strategies: Strategies) -> dict:
         "pairs": len(pairs),
         "kept": Counter(pair.error for pair in pairs),
         "dropped": routed.dropped,
-        "chosen strategies": {name: chosen[name] for name in strategies},
-        "rejected strategies": {name: rejected[name] for name in strategies},
+        "chosen strategies": {name: chosen[name] for name in domain.strategies},
+        "rejected strategies": {name: rejected[name] for name in domain.strategies},
     }
     warnings = []
     for side in ("chosen strategies", "rejected strategies"):
@@ -234,8 +232,8 @@ def account(task: str, routed: Routed, strategies: Strategies) -> dict:
         if len(pairs) >= 20 and counts[side][name] > len(pairs) / 2:
             share = f"{100 * counts[side][name] / len(pairs):.0f} %"
             warnings.append(f"{name} makes {share} of the {side}: DPO would learn little else")
-    templates = counts["kept"]["template response"]
-    if task != "sp" and counts["judged"] and templates < 0.05 * len(pairs):
+    few_templates = TEMPLATE in domain.errors and counts["kept"][TEMPLATE] < 0.05 * len(pairs)
+    if task != "sp" and counts["judged"] and few_templates:
         warnings.append(
             "fewer than 5 % of the pairs are template responses: replies may stay generic"
         )

@@ -5,10 +5,10 @@ from itertools import takewhile
 from pathlib import Path
 
 from desc import DescError
+from desc.domain import ESCONV
 from desc.encoding import Item, encode
-from desc.esconv import describe, read_field
 from desc.prompts import Messages
-from desc.storage.files import read_lines
+from desc.storage.files import describe, read_field, read_lines
 
 ROLES = ("system", "user", "assistant")
 
@@ -36,10 +36,13 @@ class Pair:
         return asdict(self) | answers
 
 
-def encode_pair(tokenizer, pair: Pair, max_length: int) -> Item:
-    """The chosen and the rejected answer to one prompt, for DPO."""
+def encode_pair(
+    tokenizer, pair: Pair, max_length: int, speakers: tuple[str, str] = ESCONV.speakers
+) -> Item:
+    """The chosen and the rejected answer to one prompt, for DPO. `speakers` as in encode."""
+    answers = [pair.chosen, pair.rejected]
     return encode(
-        tokenizer, pair.id, pair.dialogue, pair.prompt, [pair.chosen, pair.rejected], max_length
+        tokenizer, pair.id, pair.dialogue, pair.prompt, answers, max_length, speakers=speakers
     )
 
 

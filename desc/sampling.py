@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
+from desc.domain import ESCONV, Domain, Strategies
 from desc.encoding import Item, TokenSequence, decode, encode
 from desc.esconv import Dialogue
 from desc.forward import forward, sequence_logps, tree_mask
 from desc.lora import adapter_only
 from desc.prompts import build_messages
-from desc.strategies import ESCONV, Strategies
 from desc.tree import Forest, grow, pack, sees
 
 
@@ -29,19 +29,22 @@ def seeded(*parts) -> torch.Generator:
 
 
 def strategy_items(
-    tokenizer, task: str, dialogues: list[Dialogue], strategies: Strategies, max_length: int
+    tokenizer, task: str, dialogues: list[Dialogue], domain: Domain, max_length: int
 ) -> list[Item]:
     """Every supporter turn with all K strategies as its completions, on the human history.
 
     `sp` is scored on "name" and its end of turn, `vanilla` on the tag "[name]" that opens its
     completion."""
-    texts = [f"[{name}]" if task == "vanilla" else name for name in strategies]
+    texts = [f"[{name}]" if task == "vanilla" else name for name in domain.strategies]
     items, end = [], task == "sp"
     for dialogue in dialogues:
         for turn in range(len(dialogue)):
-            messages = build_messages(task, dialogue, turn, strategies=strategies)
+            messages = build_messages(task, dialogue, turn, domain=domain)
             name = f"{dialogue.id}/{turn}"
-            items.append(encode(tokenizer, name, dialogue.id, messages, texts, max_length, end))
+            item = encode(
+                tokenizer, name, dialogue.id, messages, texts, max_length, end, domain.speakers
+            )
+            items.append(item)
     return items
 
 
@@ -50,7 +53,7 @@ def score_strategies(
     tokenizer,
     task: str,
     dialogues: list[Dialogue],
-    strategies: Strategies = ESCONV,
+    domain: Domain = ESCONV,
     max_length: int = 2048,
     max_tokens: int = 2048,
 ) -> torch.Tensor:
@@ -59,7 +62,7 @@ def score_strategies(
 
     The K names are K branches at each turn of a dialogue's tree, so one pass gives them all.
     Probability on anything but a name is left out by normalising."""
-    items = strategy_items(tokenizer, task, dialogues, strategies, max_length)
+    items = strategy_items(tokenizer, task, dialogues, domain, max_length)
     return score(model, items, max_tokens)
 
 
@@ -116,7 +119,7 @@ def write_dialogue(
     task: str,
     dialogue: Dialogue,
     planned: list[tuple[int, str | None]],
-    strategies: Strategies,
+    domain: Domain,
 ) -> list[str]:
     """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history:
     one sampled text each.
@@ -130,10 +133,10 @@ def write_dialogue(
         return []
     prompts, room = [], config.max_length - config.max_new_tokens
     for turn, strategy in planned:
-        messages = build_messages(task, dialogue, turn, strategy, strategies, config.strategy_at)
+        messages = build_messages(task, dialogue, turn, strategy, domain, config.strategy_at)
         tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
         name = f"{dialogue.id}/{turn}"
-        item = encode(tokenizer, name, dialogue.id, messages, [tag], room, end=False)
+        item = encode(tokenizer, name, dialogue.id, messages, [tag], room, False, domain.speakers)
         prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
     seed = seed_of(config.seed, "write", dialogue.id)
     written = generate(model, prompts, config, seed)
@@ -209,23 +212,21 @@ class LocalSampler:
     model: torch.nn.Module
     tokenizer: object
     config: object  # desc.flags' SampleConfig and DataConfig in one
-    strategies: Strategies
+    domain: Domain
 
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
         config = self.config
         with adapter_only(self.model, task):
-            items = strategy_items(
-                self.tokenizer, task, [dialogue], self.strategies, config.max_length
-            )
+            items = strategy_items(self.tokenizer, task, [dialogue], self.domain, config.max_length)
             logps = score(self.model, items, config.max_tokens)
-        return draw_strategies(logps[turns], config, dialogue, self.strategies)
+        return draw_strategies(logps[turns], config, dialogue, self.domain.strategies)
 
     def write(
         self, dialogue: Dialogue, planned: list[tuple[int, str]], task: str = "rg"
     ) -> list[str]:
         with adapter_only(self.model, task):
             return write_dialogue(
-                self.model, self.tokenizer, self.config, task, dialogue, planned, self.strategies
+                self.model, self.tokenizer, self.config, task, dialogue, planned, self.domain
             )
 
     def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from desc import DescError
+from desc.domain import ESCONV
 from desc.esconv import Dialogue, Turn
 from desc.judging.agreement import (
     agreement_report,
@@ -25,8 +26,7 @@ from desc.judging.judge import RUBRICS
 from desc.judging.labels import annotate_labelled, find_turns, hold_out, read_labels
 from desc.judging.statistics import bootstrap_statistic, kappa_of_confusion, spearman
 from desc.metrics import NO_INTERVAL
-from desc.mining import LABELS, Annotation, Answer
-from desc.strategies import ESCONV
+from desc.mining import Annotation, Answer
 
 ROW = {
     "dialogue": "3",
@@ -77,11 +77,11 @@ def test_kappa_by_hand():
 def test_kappa_is_scikit_learns():
     cohen_kappa_score = pytest.importorskip("sklearn.metrics").cohen_kappa_score
     draw = random.Random(0)
-    people = [draw.choice(LABELS) for _ in range(200)]
-    annotator = [label if draw.random() < 0.4 else draw.choice(LABELS) for label in people]
+    people = [draw.choice(ESCONV.labels) for _ in range(200)]
+    annotator = [label if draw.random() < 0.4 else draw.choice(ESCONV.labels) for label in people]
     counts = np.zeros((6, 6))
     for a, b in zip(annotator, people):
-        counts[LABELS.index(a), LABELS.index(b)] += 1
+        counts[ESCONV.labels.index(a), ESCONV.labels.index(b)] += 1
     expected = cohen_kappa_score(people, annotator)
     assert kappa_of_confusion(counts) == pytest.approx(expected)
 
@@ -107,7 +107,7 @@ def test_an_unreadable_judgement_agrees_with_nothing():
 
 SEEKERS = {"0": ("=1+1", 'a "quoted"\nline;\ttab', "ä"), "1": ("x", "3.0")}
 # People's labels by number; the annotator's are all "none".
-LABELLED = {str(number): label for number, label in enumerate(LABELS[:5], 1)}
+LABELLED = {str(number): label for number, label in enumerate(ESCONV.labels[:5], 1)}
 
 
 def judged_answers(annotated="none", mark="-"):

@@ -10,7 +10,7 @@ import pytest
 from scripts import ROOT
 
 METHOD = (  # in reading order: each may import those before it
-    "strategies esconv prompts templates encoding tree attention forward exactness modeling lora"
+    "domain esconv prompts templates encoding tree attention forward exactness modeling lora"
     " losses sampling pairs mining metrics"
 ).split()
 MAY_IMPORT = {

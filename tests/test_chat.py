@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from tokenizers import decoders, pre_tokenizers
 
 from desc.chat import conversation as chat
 from desc.chat.safety import CRISIS, OPENING, in_danger
+from desc.domain import ESCONV, Strategies
 from desc.encoding import decode
 from desc.esconv import Dialogue, Turn, load_dialogues
 from desc.flags import SampleConfig
 from desc.lora import adapter_only, add_adapter, lora_layers, save_adapter
 from desc.sampling import grow_branches, score_strategies, stream_text
-from desc.strategies import ESCONV, Strategies
 
 BAR = r"^  (.+?) +█* +(\d+\.\d)%(?:  ← (\w+))?$"
 
@@ -137,28 +138,28 @@ def test_an_interrupt_stops_a_reply_and_at_the_prompt_the_conversation(out, monk
 def test_bars_are_the_planners_exact_probabilities(start, capsys):
     talk = start(temperature=0)
     # The names have equal lengths, because the toy is almost certain of a shorter name.
-    talk.strategies = Strategies(tuple("ABCDEFGH"))
+    talk.domain = replace(ESCONV, strategies=Strategies(tuple("ABCDEFGH")))
     for message in ("I failed my exam.", "Twice!"):
         talk.take(message)
         bars = re.findall(BAR, capsys.readouterr().out, re.M)
         dialogue = Dialogue("", talk.turns)
         with adapter_only(talk.model, "sp-sft"):
-            logps = score_strategies(talk.model, talk.tokenizer, "sp", [dialogue], talk.strategies)
+            logps = score_strategies(talk.model, talk.tokenizer, "sp", [dialogue], talk.domain)
         exact = 100 * logps[-1].exp()
-        assert [name for name, _, _ in bars] == list(talk.strategies)
+        assert [name for name, _, _ in bars] == list(talk.domain.strategies)
         assert exact.max() < 90
         torch.testing.assert_close(
             torch.tensor([float(p) for _, p, _ in bars]), exact, atol=0.051, rtol=0
         )
         (drawn,) = [name for name, _, how in bars if how == "drawn"]
-        assert drawn == talk.strategies[int(exact.argmax())] == talk.turns[-1].strategy
+        assert drawn == talk.domain.strategies[int(exact.argmax())] == talk.turns[-1].strategy
 
 
 def test_a_forced_strategy_stays_until_the_planner_chooses_again(start, capsys):
     talk = start(temperature=0)
     talk.take("Hello")
     (first,) = {turn.strategy for turn in talk.turns[1::2]}
-    other = next(name for name in ESCONV if name != first)
+    other = next(name for name in ESCONV.strategies if name != first)
     for line in (
         "/undo",
         f"/strategy {other.upper()}",
@@ -229,7 +230,7 @@ def test_what_was_written_before_an_interrupt_stays(start, capsys, monkeypatch, 
 
 def test_an_overlong_conversation_forgets_its_beginning_and_says_so_once(start, capsys):
     dialogue = Dialogue("", (Turn("seeker", "word " * 40),))
-    prompt = start().read("rg", dialogue, [""], 2048, ESCONV[1]).sequences[0].prompt
+    prompt = start().read("rg", dialogue, [""], 2048, ESCONV.strategies[1]).sequences[0].prompt
     talk = start(max_length=len(prompt) + 12 + 30)
     for turn in range(4):
         talk.take("word " * 40)

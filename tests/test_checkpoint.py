@@ -117,7 +117,11 @@ def test_flags_that_change_no_step_may_differ_from_the_checkpoints(tmp_path):
     others = {"model": "toy", "seed": 1, "dtype": "bfloat16", "max_length": 99, "data": "esconv"}
     others |= {"eval_dialogues": 3, "batch_size": 8, "share": "none", "rank": 8, "alpha": 8}
     others |= {"dropout": 0.0, "warmup": 0.2, "weight_decay": 0.1, "max_grad_norm": 0.0}
-    others |= {"keep": "last", "split_file": "split.json", "strategies": "names.txt"}
+    others |= {
+        "keep": "last",
+        "split_file": "split.json",
+        "domain": str(ROOT / "examples" / "mathdial.domain.json"),
+    }
     for name, value in others.items():
         config = replace(begun, **{name: value})
         with pytest.raises(DescError, match=f"was begun with another {name}: run with the same"):

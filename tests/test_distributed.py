@@ -3,6 +3,7 @@
 Several gloo processes do what a single process does, up to the order of floating-point sums."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from architectures import build, configure_type
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, lines, run
 
+from desc import DescError
 from desc.encoding import Item, TokenSequence
+from desc.training import sharding
 from desc.training.batches import deal
 from desc.tree import pack
 
@@ -111,6 +114,35 @@ def test_ranks_do_what_one_process_does(single, tmp_path, ranks, train_flags):
         for folder in (single, out)
     ]
     assert predicted[0] == predicted[1]
+
+
+@pytest.mark.parametrize(
+    "shard, ranks, memory, expected",
+    [
+        ("auto", 2, 2.0, False),
+        ("auto", 2, 1.99, True),
+        ("auto", 1, 1.0, False),
+        ("never", 2, 0.5, False),
+        ("always", 1, 9.0, True),
+    ],
+)
+def test_a_model_is_sharded_if_a_copy_takes_more_than_half_of_a_ranks_memory(
+    shard, ranks, memory, expected, toy, monkeypatch
+):
+    """`memory` is in units of the weights' bytes."""
+    config = SimpleNamespace(shard=shard, model="toy", torch_dtype=torch.float32)
+    weights = sum(p.nbytes for p in toy[0].parameters())
+    monkeypatch.setattr(sharding, "memory_of_rank", lambda device: memory * weights)
+    monkeypatch.setattr(sharding, "world_size", lambda: ranks)
+    monkeypatch.setattr(sharding, "on_any_rank", bool)  # the others find the same
+    monkeypatch.setattr(sharding.dist, "is_initialized", lambda: True)
+    assert sharding.must_shard(config, torch.device("cpu")) is expected
+
+
+def test_sharding_without_torchrun_ends_in_one_line():
+    config = SimpleNamespace(shard="always")
+    with pytest.raises(DescError, match="^--shard always is for torchrun: torchrun --nproc"):
+        sharding.must_shard(config, torch.device("cpu"))
 
 
 def test_an_error_on_one_rank_ends_all(tmp_path):

@@ -15,8 +15,8 @@ from importlib.resources import files
 import pytest
 
 from desc import DescError
+from desc.domain import ESCONV, Strategies
 from desc.esconv import Dialogue, Turn, alternate, load_dialogues, load_splits, split
-from desc.strategies import ESCONV, Strategies, read_strategies
 
 SAMPLE = files("desc") / "data" / "sample.json"
 
@@ -119,7 +119,16 @@ def test_supporter_turns_of_the_decoupledesc_split(esconv, esconv_path):
 def test_strategy_counts_of_esconv(esconv):
     """The expected counts are those of the official README, in the order of ESCONV."""
     counts = Counter(t.strategy for d in esconv for t in d.turns if t.strategy)
-    assert [counts[name] for name in ESCONV] == [3801, 1089, 1436, 1713, 2827, 2954, 1215, 3341]
+    assert [counts[name] for name in ESCONV.strategies] == [
+        3801,
+        1089,
+        1436,
+        1713,
+        2827,
+        2954,
+        1215,
+        3341,
+    ]
 
 
 def read_texts(path):
@@ -146,7 +155,7 @@ def test_the_sample_is_large_and_varied_enough():
     counts = Counter(
         u["annotation"]["strategy"] for d in raw for u in d["dialog"] if u["speaker"] == "supporter"
     )
-    assert set(counts) == set(ESCONV)
+    assert set(counts) == set(ESCONV.strategies)
     assert min(counts.values()) >= 0.08 * sum(counts.values())
 
 
@@ -402,8 +411,8 @@ def test_bad_paths(tmp_path):
 
 
 def test_no_suggestion_where_nothing_is_like_it():
-    assert ESCONV.suggestion("self disclosure") == " (did you mean 'Self-disclosure'?)"
-    assert ESCONV.suggestion("Hypnosis") == ""
+    assert ESCONV.strategies.suggestion("self disclosure") == " (did you mean 'Self-disclosure'?)"
+    assert ESCONV.strategies.suggestion("Hypnosis") == ""
 
 
 # --- splits ---------------------------------------------------------------------------------------
@@ -478,43 +487,11 @@ def test_bad_split_files(tmp_path, text, clues):
     assert_refused(path, lambda: split(make_dialogues(5), path), *clues)
 
 
-# --- another taxonomy -----------------------------------------------------------------------------
-
-
-def test_a_taxonomy_of_ones_own(tmp_path):
-    path = tmp_path / "strategies.txt"
-    path.write_text("Open  question\n\n  Reflect \nAffirm", encoding="utf-8")
-    own = read_strategies(path)
-    assert own == Strategies(("Open question", "Reflect", "Affirm"))
-    assert own.index("Affirm") == 2
-    assert read_strategies(None) is ESCONV
-
+def test_strategies_of_ones_own(tmp_path):
+    own = Strategies(("Open question", "Reflect", "Affirm"))
     data = tmp_path / "dialogues.json"
     data.write_bytes(
         changed((*SECOND, "annotation", "strategy"), "Reflect").replace(b"Others", b"Affirm")
     )
     assert [d.supporter(0).strategy for d in load_dialogues(data, own)] == ["Reflect", "Affirm"]
     assert_refused(data, lambda: load_dialogues(data), "dialogue 0, utterance 1", "'Reflect'")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"Question\n",
-        b"Ask\nask\n",
-        b"Ask\n  Ask \n",
-        b"Ask\n[Tell]\n",
-        "Ask\nR\xe9flect\n".encode("latin-1"),
-    ],
-    ids=["empty", "one name", "case alone differs", "repeated", "brackets", "latin-1"],
-)
-def test_bad_taxonomies(tmp_path, data):
-    path = tmp_path / "strategies.txt"
-    path.write_bytes(data)
-    assert_refused(path, lambda: read_strategies(path))
-
-
-def test_missing_taxonomy(tmp_path):
-    assert_refused("no.txt", lambda: read_strategies(tmp_path / "no.txt"))
-    assert_refused(tmp_path, lambda: read_strategies(tmp_path))

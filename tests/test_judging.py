@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from desc import DescError, flags
+from desc.domain import ESCONV
 from desc.encoding import encode, encode_prompt
 from desc.esconv import Dialogue, Turn
 from desc.judging.annotator import (
@@ -21,15 +22,13 @@ from desc.judging.annotator import (
     LocalAnnotator,
     build_annotator_messages,
     read_annotation,
-    read_guide,
 )
 from desc.judging.completions import CUT_OFF, EMPTY, ODD, OTHER_FORM, Completion, strip_thoughts
 from desc.judging.endpoint import Endpoint, read_template_options
 from desc.judging.judge import RUBRICS, Opinion, build_judge_messages, contest, make_judge, rate
 from desc.judging.sampler import EndpointSampler
 from desc.lora import add_adapter, lora_layers
-from desc.mining import LABELS, UNREADABLE, Annotation, Case
-from desc.strategies import ESCONV
+from desc.mining import UNREADABLE, Annotation, Case
 
 CASE = Case((Turn("seeker", "I lost my job."),), "Question", "What was it?")
 HOSTILE = [
@@ -63,10 +62,11 @@ NOT_JUDGEMENTS = [
 # --- the annotator --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", ESCONV.labels)
 def test_the_guide_defines_every_label_and_works_an_example_of_each(label):
-    assert f"\n{label}: " in read_guide("annotator.txt")
-    assert f"\njudgement: {label}. " in read_guide("annotator.txt")
+    guide = build_annotator_messages(CASE)[0]["content"]
+    assert f"\n{label}: " in guide
+    assert f"\njudgement: {label}. " in guide
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -120,12 +120,12 @@ def test_a_local_judgement_is_the_likeliest_label_of_each_case_alone(toy):
     config = flags.DataConfig(max_length=4096, max_tokens=4096)
     for case, judgement in zip(cases, LocalAnnotator(model, tokenizer, config)(cases)):
         logps = []
-        item = encode(tokenizer, "", "", build_annotator_messages(case), LABELS, 4096)
+        item = encode(tokenizer, "", "", build_annotator_messages(case), ESCONV.labels, 4096)
         for prompt, label in item.sequences:
             logits = model(torch.tensor([prompt + label])).logits[0, len(prompt) - 1 : -1]
             logps.append(-F.cross_entropy(logits, torch.tensor(label), reduction="sum"))
         shares = torch.stack(logps).softmax(0)
-        assert judgement.error == LABELS[shares.argmax()]
+        assert judgement.error == ESCONV.labels[shares.argmax()]
         assert judgement.confidence == pytest.approx(float(shares.max()), abs=1e-4)
 
 
@@ -212,16 +212,16 @@ def test_judgements_of_an_endpoint_keep_their_order_and_do_without_a_schema(serv
         if "response_format" in body:
             return 400
         number = body["messages"][1]["content"].rstrip().rpartition(" ")[2].strip('"')
-        error = LABELS[int(number)]
+        error = ESCONV.labels[int(number)]
         return json.dumps({"error": error, "explanation": number, "confidence": 0.5})
 
     server.script = [answer]
     cases = [Case(CASE.history, "Question", f"Number {i % 6}") for i in range(20)]
     judgements = EndpointAnnotator(Endpoint(server.url, "m", concurrency=4))(cases)
-    assert judgements == [Annotation(LABELS[i % 6], 0.5, str(i % 6)) for i in range(20)]
+    assert judgements == [Annotation(ESCONV.labels[i % 6], 0.5, str(i % 6)) for i in range(20)]
     bodies = [body for _, body in server.calls]
     asked = {json.dumps(body["messages"]) for body in bodies}
-    assert asked == {json.dumps(build_annotator_messages(case, BY_JSON)) for case in cases}
+    assert asked == {json.dumps(build_annotator_messages(case, ESCONV, BY_JSON)) for case in cases}
     assert "response_format" in bodies[0] and "response_format" not in bodies[-1]
 
 

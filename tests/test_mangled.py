@@ -30,17 +30,18 @@ from safetensors.torch import save as save_tensors
 from scripts import ROOT, command, lines
 
 from desc import cli
+from desc.domain import ESCONV, RUBRICS, read_domain
 from desc.encoding import encode_example
 from desc.esconv import SPLITS, load_dialogues, load_splits
 from desc.flags import Config, SampleConfig
 from desc.judging import agreement
-from desc.judging.annotator import EndpointAnnotator
+from desc.judging.annotator import EndpointAnnotator, build_annotator_messages
 from desc.judging.endpoint import Endpoint
 from desc.judging.judge import DIGITS, EndpointJudge, build_judge_messages
 from desc.judging.labels import annotate_labelled, balance, read_labels
 from desc.judging.sampler import EndpointSampler
 from desc.lora import add_adapter, export_adapters, lora_layers, save_adapter
-from desc.mining import LABELS, UNREADABLE, Annotation, Answer, Case
+from desc.mining import UNREADABLE, Annotation, Answer, Case
 from desc.modeling import load
 from desc.pairs import encode_pair, read_pairs
 from desc.prompts import build_examples
@@ -48,7 +49,6 @@ from desc.storage import files
 from desc.storage.adapters import adapter_digest
 from desc.storage.base import base_digest
 from desc.storage.checkpoint import checkpoint_settings, read_checkpoint, write_checkpoint
-from desc.strategies import ESCONV, read_strategies
 from desc.training.run import Run, resume
 
 SEED = 15
@@ -341,15 +341,15 @@ def as_lines(records: list) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def check_dialogues(dialogues, strategies, tokenizer) -> None:
+def check_dialogues(dialogues, domain, tokenizer) -> None:
     assert dialogues
     for dialogue in dialogues:
         speakers = [turn.speaker for turn in dialogue.turns]
         assert speakers and speakers == ["seeker", "supporter"] * len(dialogue), speakers
         assert all(is_text(turn.text) for turn in dialogue.turns)
-        assert all(turn.strategy in strategies for turn in dialogue.supporter_turns())
+        assert all(turn.strategy in domain.strategies for turn in dialogue.supporter_turns())
     for task in ("sp", "rg", "vanilla"):
-        for example in build_examples(task, dialogues[:1], strategies)[:1]:
+        for example in build_examples(task, dialogues[:1], domain)[:1]:
             if len(example.completion) < 10_000:
                 assert encode_example(tokenizer, example, 1_000_000).sequences
 
@@ -372,18 +372,26 @@ def dialogue_files(tools):
 def split_files(tools):
     data = {
         "split.json": as_json({"train": [0, 1, 2], "valid": [3], "test": [4]}),
-        "taxonomy.txt": "\n".join(ESCONV).encode(),
+        "domain.json": (ROOT / "desc" / "data" / "esconv.json").read_bytes(),
     }
 
     def use(folder):
-        strategies = read_strategies(str(folder / "taxonomy.txt"))
-        assert len(strategies) >= 2 and all(is_text(name) for name in strategies)
-        splits = load_splits(
-            str(folder / "data.json"), str(folder / "split.json"), strategies, seed=0
-        )
+        domain = read_domain(folder / "domain.json")
+        assert len(domain.strategies) >= 2 and all(is_text(name) for name in domain.strategies)
+        assert len(domain.speakers) == 2 and all(is_text(name) for name in domain.speakers)
+        assert domain.errors and all(is_text(label) for label in domain.labels)
+        data, split_file = str(folder / "data.json"), str(folder / "split.json")
+        splits = load_splits(data, split_file, domain.strategies, seed=0)
         ids = [dialogue.id for name in SPLITS for dialogue in splits[name]]
         assert len(set(ids)) == len(ids) <= 5 and all(splits[name] for name in SPLITS)
-        check_dialogues(splits["train"], strategies, tools.toy[1])
+        dialogue = splits["train"][0]
+        check_dialogues(splits["train"], domain, tools.toy[1])
+        case = Case(dialogue.history(0), domain.strategies[0], "Why?")
+        asked = [build_annotator_messages(case, domain)]
+        for rubric in RUBRICS:
+            asked.append(build_judge_messages(rubric, dialogue, 0, {"reply": "Why?"}, domain))
+        for messages in asked:
+            assert all(is_text(message["content"]) for message in messages)
 
     return Kind(data, use, beside={"data.json": as_json(short_dialogues(5, 4))})
 
@@ -436,8 +444,12 @@ def label_files(tools):
         for name in ("labels.jsonl", "published.json"):
             labelled = read_labels(folder / name, dialogues, ESCONV, str(folder / "map.json"))
             for turn in balance(labelled):
-                assert turn.label in LABELS and turn.turn >= 0 and isinstance(turn.dialogue, str)
-                assert is_text(turn.case.reply) and turn.case.strategy in ESCONV
+                assert (
+                    turn.label in ESCONV.labels
+                    and turn.turn >= 0
+                    and isinstance(turn.dialogue, str)
+                )
+                assert is_text(turn.case.reply) and turn.case.strategy in ESCONV.strategies
                 assert turn.case.history and all(is_text(each.text) for each in turn.case.history)
             annotate_labelled(annotator, labelled)
             if sum(len(str(turn)) for turn in labelled) < 30_000:
@@ -458,7 +470,7 @@ def judged_answers() -> list:
     for dialogue in load_dialogues(SAMPLE)[:3]:
         for turn in range(3):
             human = dialogue.supporter(turn)
-            judged = Annotation(LABELS[turn], 0.5, "Fits.")
+            judged = Annotation(ESCONV.labels[turn], 0.5, "Fits.")
             answers.append((dialogue, Answer(turn, human.strategy, human.text, judged)))
     return answers
 
@@ -476,7 +488,7 @@ def fill_in(path: Path, values: dict[str, list[str]]) -> None:
 def review_files(tools):
     path = tools.folder / "review.csv"
     agreement.write_review(path, judged_answers(), 20, seed=0)
-    fill_in(path, {"label": ["none", "template response", "", *LABELS[:4]]})
+    fill_in(path, {"label": ["none", "template response", "", *ESCONV.labels[:4]]})
     data = {name: (tools.folder / name).read_bytes() for name in ("review.csv", "review.key.json")}
 
     def use(folder):
@@ -486,7 +498,7 @@ def review_files(tools):
                 agreement.write_review(path, judged_answers(), 20, seed=0)
         people, annotator, dialogues = agreement.read_review(path)
         assert len(people) == len(annotator) == len(dialogues) <= 9 and all(dialogues)
-        assert set(people) <= set(LABELS) and set(annotator) <= {*LABELS, UNREADABLE}
+        assert set(people) <= set(ESCONV.labels) and set(annotator) <= {*ESCONV.labels, UNREADABLE}
         config = SimpleNamespace(agreement=str(path), seed=0)
         check_words(agreement.measure_agreement(config, [], ESCONV, None))
 
@@ -612,7 +624,7 @@ def ask_server(tools, folder: Path, body: bytes | int) -> None:
     case = Case(dialogue.history(0), "Question", "Why?")
     for _ in range(2):  # the second time from what was kept
         (annotation,) = EndpointAnnotator(endpoint)([case])
-        assert annotation.error in (*LABELS, UNREADABLE) and 0 <= annotation.confidence <= 1
+        assert annotation.error in (*ESCONV.labels, UNREADABLE) and 0 <= annotation.confidence <= 1
         assert isinstance(annotation.explanation, str)
         conversation = build_judge_messages("empathy", dialogue, 0, {"reply": "Why?"})
         (opinion,) = EndpointJudge(endpoint, 8)([conversation], DIGITS)
@@ -620,7 +632,11 @@ def ask_server(tools, folder: Path, body: bytes | int) -> None:
         config = SampleConfig(max_new_tokens=8)
         sampler = EndpointSampler(endpoint, config, ESCONV)
         (planned,), ((strategy, reply),) = sampler.plan(dialogue, [0]), sampler.whole(dialogue, [0])
-        assert isinstance(planned, str) and strategy in (*ESCONV, None) and isinstance(reply, str)
+        assert (
+            isinstance(planned, str)
+            and strategy in (*ESCONV.strategies, None)
+            and isinstance(reply, str)
+        )
         again = Endpoint(tools.server.url, "m", concurrency=1, tries=2)
         again.keep_answers(folder / "kept")
         assert len(again.kept.done) == 4, "an answer that was paid for is not kept"
@@ -673,7 +689,8 @@ def run_main(tools, script: str, *flags) -> None:
 
 def plan_by_length(body: dict) -> str:
     """What a server answers that always says the same to the same."""
-    return ESCONV[len(body["messages"][-1]["content"]) % len(ESCONV)]
+    names = ESCONV.strategies
+    return names[len(body["messages"][-1]["content"]) % len(names)]
 
 
 def mine(tools, folder: Path, *more) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from desc.domain import ESCONV, Strategies
 from desc.judging.statistics import kappa_of_confusion, kendall, spearman
 from desc.metrics import (
     bias_of_confusion,
@@ -25,7 +26,6 @@ from desc.metrics import (
     strategy_scores,
     top_hits,
 )
-from desc.strategies import ESCONV, Strategies
 
 
 def random_counts(seed: int, strategies: int = 8) -> np.ndarray:
@@ -37,7 +37,7 @@ def random_counts(seed: int, strategies: int = 8) -> np.ndarray:
 def random_names(seed: int, turns: int = 300) -> tuple[list[str], list[str]]:
     """(gold, predicted). "Others" is in neither, and one strategy is only in predicted."""
     rng = random.Random(seed)
-    return rng.choices(ESCONV[:6], k=turns), rng.choices(ESCONV[:7], k=turns)
+    return rng.choices(ESCONV.strategies[:6], k=turns), rng.choices(ESCONV.strategies[:7], k=turns)
 
 
 # Preference bias
@@ -214,7 +214,7 @@ def test_strategy_scores_agree_with_scikit_learn(seed):
     gold, predicted = random_names(seed)
 
     def f1(average: str) -> float:
-        names = list(ESCONV)
+        names = list(ESCONV.strategies)
         return sklearn.f1_score(gold, predicted, labels=names, average=average, zero_division=0)
 
     scores = strategy_scores(gold, predicted)
@@ -244,7 +244,7 @@ def test_strategy_scores_of_no_turns_are_zero():
 
 def test_expected_confusion_of_certain_predictions_is_their_confusion():
     gold, predicted = random_names(0)
-    certain = np.eye(8)[[ESCONV.index(name) for name in predicted]]
+    certain = np.eye(8)[[ESCONV.strategies.index(name) for name in predicted]]
     assert (expected_confusion(certain, gold) == confusion(gold, predicted)).all()
 
 
@@ -255,7 +255,9 @@ def test_expected_confusion_is_the_average_over_samples():
     gold, _ = random_names(1, turns=40)
     probabilities = rng.dirichlet(np.ones(8), size=40)
     draws = np.stack([rng.choice(8, size=4000, p=row) for row in probabilities], 1)
-    average = sum(confusion(gold, [ESCONV[i] for i in draw]) for draw in draws) / len(draws)
+    average = sum(confusion(gold, [ESCONV.strategies[i] for i in draw]) for draw in draws) / len(
+        draws
+    )
     expected = expected_confusion(probabilities, gold)
     assert expected.sum() == pytest.approx(40)
     assert np.abs(average - expected).max() < 5 * 0.05
@@ -270,7 +272,9 @@ def test_negative_log_likelihood_by_hand():
 
 
 def test_negative_log_likelihood_of_a_uniform_planner():
-    assert negative_log_likelihood(np.full((5, 8), -log(8)), ESCONV[:5]) == pytest.approx(log(8))
+    assert negative_log_likelihood(
+        np.full((5, 8), -log(8)), ESCONV.strategies[:5]
+    ) == pytest.approx(log(8))
 
 
 # Bootstrap
@@ -478,14 +482,14 @@ def random_planner(seed: int, turns: int) -> tuple[np.ndarray, list[str]]:
     """(log-probabilities (T, 8), gold names (T)). They are independent of each other."""
     rng = np.random.default_rng(seed)
     logps = np.log(rng.dirichlet(np.full(8, 0.5), turns))
-    return logps, [ESCONV[i] for i in rng.integers(0, 8, turns)]
+    return logps, [ESCONV.strategies[i] for i in rng.integers(0, 8, turns)]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_top_hits_against_scikit_learn(k):
     sklearn = pytest.importorskip("sklearn.metrics")
     logps, gold = random_planner(k, 200)
-    indices = [ESCONV.index(name) for name in gold]
+    indices = [ESCONV.strategies.index(name) for name in gold]
     expected = sklearn.top_k_accuracy_score(indices, logps, k=k, labels=range(8), normalize=False)
     assert top_hits(logps, gold, k) == expected
 
@@ -505,7 +509,7 @@ def test_a_calibrated_planner_has_no_calibration_error():
     """Gold is drawn from the planner's own probabilities. Their cubes are too confident."""
     logps, _ = random_planner(7, 20000)
     rng = np.random.default_rng(7)
-    gold = [ESCONV[rng.choice(8, p=probabilities)] for probabilities in np.exp(logps)]
+    gold = [ESCONV.strategies[rng.choice(8, p=probabilities)] for probabilities in np.exp(logps)]
     assert calibration_error(calibration_counts(logps, gold)) < 0.015
     cubed = np.exp(logps) ** 3
     too_confident = np.log(cubed / cubed.sum(1, keepdims=True))

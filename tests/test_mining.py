@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from desc import DescError
+from desc.domain import ESCONV
 from desc.esconv import Dialogue, Turn
 from desc.mining import (
     UNREADABLE,
@@ -22,7 +23,6 @@ from desc.mining import (
 )
 from desc.pairs import Pair, read_pairs
 from desc.storage.files import write_lines
-from desc.strategies import ESCONV
 
 GOLD = Turn("supporter", "How are you?", "Question")
 PROMPT = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]
@@ -48,13 +48,13 @@ def judged(error, confidence=0.8):
     ],
 )
 def test_which_answers_make_a_pair_without_an_annotator(task, strategy, reply, error):
-    assert error in find_error(task, "released", GOLD, Answer(0, strategy, reply))
+    assert error in find_error(task, "released", GOLD, Answer(0, strategy, reply), ESCONV)
 
 
 class Unsure:
     """A sampler whose planner names no strategy at every other turn."""
 
-    strategies = ESCONV
+    domain = ESCONV
 
     def plan(self, dialogue, turns):
         return ["Question." if turn % 2 else "Let me think" for turn in turns]
@@ -69,7 +69,7 @@ def test_an_answer_that_nobody_judged_makes_no_pair(task):
     (answer,) = annotate(
         None, "paper", Dialogue("7", (Turn("seeker", "Hi"), GOLD)), [Answer(0, "Others", "")]
     )
-    assert find_error(task, "paper", GOLD, answer) == (None, "empty or unreadable answer")
+    assert find_error(task, "paper", GOLD, answer, ESCONV) == (None, "empty or unreadable answer")
 
 
 @pytest.mark.parametrize("routing, reply", [("paper", "1 Question"), ("released", "")])
@@ -77,7 +77,10 @@ def test_what_names_no_strategy_is_kept_and_makes_no_pair(routing, reply):
     turns = (Turn("seeker", "Hi"), GOLD) * 2
     answers = answer_dialogue(Unsure(), "sp", routing, Dialogue("7", turns), samples=2)
     assert answers == [Answer(0, None, "Let me think")] * 2 + [Answer(1, "Question", reply)] * 2
-    assert find_error("sp", routing, GOLD, answers[0]) == (None, "empty or unreadable answer")
+    assert find_error("sp", routing, GOLD, answers[0], ESCONV) == (
+        None,
+        "empty or unreadable answer",
+    )
 
 
 NOT_MINE = "not this module's fault"
@@ -128,19 +131,22 @@ def test_the_annotators_error_routes_an_answer(judgement, sp, rg, vanilla, all_t
     cases = [("sp", "paper", sp), ("rg", "paper", rg), ("vanilla", "paper", vanilla)]
     cases += [("rg", "all-to-rg", all_to_rg), ("rg", "released", released)]
     for task, routing, expected in cases:
-        error, reason = find_error(task, routing, GOLD, answer)
+        error, reason = find_error(task, routing, GOLD, answer, ESCONV)
         assert (error or reason).startswith(expected)
         assert bool(error) is (expected == judgement)
     # This case asks no annotator.
-    assert find_error("sp", "released", GOLD, answer) == ("strategy mismatch", "")
+    assert find_error("sp", "released", GOLD, answer, ESCONV) == ("strategy mismatch", "")
     if released == judgement:
         kept, dropped = (judgement, ""), (None, "no sound human answer")
         after_template = replace(answer, human=judged("template response"))
-        assert find_error("rg", "released", GOLD, after_template) == dropped
-        assert find_error("rg", "released", GOLD, replace(answer, human=judged("none"))) == kept
-        unsure = find_error("rg", "released", GOLD, answer, least_confidence=0.81)
+        assert find_error("rg", "released", GOLD, after_template, ESCONV) == dropped
+        assert (
+            find_error("rg", "released", GOLD, replace(answer, human=judged("none")), ESCONV)
+            == kept
+        )
+        unsure = find_error("rg", "released", GOLD, answer, ESCONV, least_confidence=0.81)
         assert unsure == (None, "unsure judgement")
-        assert find_error("rg", "released", GOLD, answer, least_confidence=0.8) == kept
+        assert find_error("rg", "released", GOLD, answer, ESCONV, least_confidence=0.8) == kept
 
 
 DIALOGUE = Dialogue(

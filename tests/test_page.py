@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from desc import DescError
+from desc.domain import ESCONV
 from desc.esconv import Dialogue
 from desc.evaluation.figures import curves_html, phase_shares
 from desc.evaluation.page import (
@@ -25,7 +26,6 @@ from desc.evaluation.page import (
     write_page,
 )
 from desc.metrics import NO_INTERVAL
-from desc.strategies import ESCONV
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'desc[report]'")
 
@@ -33,7 +33,7 @@ EVIL = (
     '</script><script>window.hacked = 1; document.title = "hacked"</script><!--data--> <img src=x'
     ' onerror=window.hacked=1> & "q" \u2028'
 )
-NAMES = [*ESCONV, f"$x_1$ {EVIL}"]
+NAMES = [*ESCONV.strategies, f"$x_1$ {EVIL}"]
 
 
 def turns_of(dialogue: Dialogue) -> list[dict]:
@@ -111,6 +111,7 @@ def results(sample):
     return {
         "facts": {"model": EVIL, "seeds": [0, 1]},
         "strategies": NAMES,
+        "speakers": ["seeker", EVIL],
         "systems": systems,
         "answers": make_answers(dialogues),
         "dialogues": dialogues,
@@ -358,20 +359,20 @@ def test_it_renders_and_a_script_in_an_utterance_stays_text(drive, results):
     assert shown["articles"] == len(turns) // 2
     assert shown["first"]["said"] == [
         f"Seeker{turns[0]['text']}",
-        f"Human supporter · {gold}{turns[1]['text']}",
+        f"Human {EVIL} · {gold}{turns[1]['text']}",
         f"● sft · {gold}{EVIL} 0",
     ]
     assert shown["first"]["gold"] == [gold]
     assert shown["first"]["rows"] == expected_shares(gold)
     assert shown["second"] == [
         f"Seeker{EVIL.strip()}",
-        f"Human supporter · {NAMES[-1]}{EVIL}",
+        f"Human {EVIL} · {NAMES[-1]}{EVIL}",
         f"● sft · {NAMES[-1]}{EVIL} 0",
     ]
     assert shown["heading"] == [f"Dialogue {EVIL}"]
     assert shown["options"] == ["any", *NAMES]
     assert shown["scripts"] == 2 and shown["images"] == 0 and shown["hacked"] is None
-    assert shown["title"].startswith("Support strategies")
+    assert shown["title"].startswith("Strategies and replies")
     assert len(shown["charts"]) == len(NAMES) + 3 and min(shown["charts"]) > 50
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from desc.domain import ESCONV, Strategies
 from desc.esconv import Dialogue, Turn, flatten
 from desc.prompts import TASKS, build_completion, build_examples, build_messages, drop_oldest
-from desc.strategies import ESCONV, Strategies
 
 TINY = Dialogue(
     "7",
@@ -50,7 +50,7 @@ def test_planner_reads_one_flat_message_without_strategies():
         messages = build_messages("sp", TINY, turn)
         assert roles(messages) == ["system", "user"]
         assert messages[1]["content"] == history
-        assert ", ".join(ESCONV) in messages[0]["content"]
+        assert ", ".join(ESCONV.strategies) in messages[0]["content"]
 
 
 def test_generator_reads_a_chat_without_tags_and_its_strategy_in_the_system_message():
@@ -64,7 +64,7 @@ def test_generator_reads_a_chat_without_tags_and_its_strategy_in_the_system_mess
         " ",
     ]
     assert contents(messages)[1:] == texts
-    assert ", ".join(ESCONV) in messages[0]["content"]
+    assert ", ".join(ESCONV.strategies) in messages[0]["content"]
     assert messages[0]["content"].endswith("Your current strategy is: Information")
 
 
@@ -78,7 +78,7 @@ def test_vanilla_reads_a_chat_that_keeps_the_tags():
         "[Reflection of feelings] You sound worn out.",
         " ",
     ]
-    assert ", ".join(f"[{name}]" for name in ESCONV) in messages[0]["content"]
+    assert ", ".join(f"[{name}]" for name in ESCONV.strategies) in messages[0]["content"]
 
 
 def test_examples_are_every_turn_with_the_human_answer():
@@ -141,7 +141,7 @@ def test_the_answer_and_what_follows_never_reach_the_messages(task, sample):
 
 
 def test_another_taxonomy_is_what_the_system_message_names():
-    own = Strategies(("Open question", "Affirm"))
+    own = replace(ESCONV, strategies=Strategies(("Open question", "Affirm")))
     for task in TASKS:
         system = build_messages(task, TINY, 0, "Affirm", own)[0]["content"]
         assert "Open question" in system and "Affirm" in system and "Self-disclosure" not in system
@@ -198,7 +198,7 @@ def test_no_line_of_an_utterance_begins_like_a_turn_of_the_flattened_history(tex
 def test_ordinary_dialogues_are_flattened_as_they_are(sample):
     for dialogue in sample:
         flat = build_messages("sp", dialogue, len(dialogue) - 1)[1]["content"]
-        assert flat == flatten(dialogue.history(len(dialogue) - 1))
+        assert flat == flatten(dialogue.history(len(dialogue) - 1), ESCONV.speakers)
 
 
 def chat(roles):
@@ -251,7 +251,7 @@ def test_drop_oldest_of_a_flattened_history(flat, left, system):
 
 @pytest.mark.parametrize(
     "text, strategy",
-    [(name, name) for name in ESCONV]
+    [(name, name) for name in ESCONV.strategies]
     + [
         ("[Question]", "Question"),
         (" question.\n", "Question"),
@@ -264,7 +264,7 @@ def test_drop_oldest_of_a_flattened_history(flat, left, system):
     ],
 )
 def test_parse(text, strategy):
-    assert ESCONV.parse(text) == strategy
+    assert ESCONV.strategies.parse(text) == strategy
 
 
 @pytest.mark.parametrize(
@@ -282,16 +282,15 @@ def test_parse(text, strategy):
     ],
 )
 def test_split_tag(text, strategy, reply):
-    assert ESCONV.split_tag(text) == (strategy, reply)
+    assert ESCONV.strategies.split_tag(text) == (strategy, reply)
 
 
 def test_what_vanilla_writes_is_read_back():
-    for name in ESCONV:
-        assert ESCONV.split_tag(build_completion("vanilla", name, "I see [so far].")) == (
-            name,
-            "I see [so far].",
-        )
-        assert ESCONV.parse(build_completion("sp", name, "")) == name
+    for name in ESCONV.strategies:
+        assert ESCONV.strategies.split_tag(
+            build_completion("vanilla", name, "I see [so far].")
+        ) == (name, "I see [so far].")
+        assert ESCONV.strategies.parse(build_completion("sp", name, "")) == name
 
 
 def test_the_strategy_may_stand_in_the_last_message():

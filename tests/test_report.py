@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from desc import DescError
+from desc.domain import Strategies
 from desc.esconv import Dialogue, Turn
 from desc.evaluation.scores import (
     bootstrap_scores,
@@ -22,7 +23,6 @@ from desc.evaluation.systems import System, find_systems
 from desc.evaluation.tables import tables
 from desc.judging.judge import RUBRICS
 from desc.metrics import NO_INTERVAL
-from desc.strategies import Strategies
 
 AB = Strategies(("a", "b"))
 CONFIG = SimpleNamespace(temperature=1.0, top_p=1.0, seed=0)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from architectures import KINDS, build, configure
 
 from desc import attention, sampling
+from desc.domain import ESCONV
 from desc.encoding import encode
 from desc.prompts import build_messages
 from desc.sampling import draw_strategies, generate, score_strategies, temper, write_dialogue
-from desc.strategies import ESCONV
 
 CONFIG = SimpleNamespace(
     strategy_at="system",
@@ -44,7 +44,7 @@ def test_scored_strategies_are_those_of_each_sequence_alone(toy_on_device, sampl
     dialogue = sample[0]
     scored = score_strategies(model, tokenizer, task, [dialogue], max_tokens=700)
     turn = len(dialogue) - 1
-    texts = [name if task == "sp" else f"[{name}]" for name in ESCONV]
+    texts = [name if task == "sp" else f"[{name}]" for name in ESCONV.strategies]
     item = encode(
         tokenizer, "", "", build_messages(task, dialogue, turn), texts, 2048, end=task == "sp"
     )
@@ -110,11 +110,11 @@ def test_draws_depend_on_seed_and_dialogue_alone(toy_on_device, sample):
         return write_dialogue(model, tokenizer, config, "rg", dialogue, planned, ESCONV)
 
     logps = score_strategies(model, tokenizer, "vanilla", [dialogue])
-    strategies = draw_strategies(logps, CONFIG, dialogue, ESCONV)
+    strategies = draw_strategies(logps, CONFIG, dialogue, ESCONV.strategies)
     replies = write(CONFIG)
     torch.rand(3)
     state = torch.get_rng_state()
-    assert draw_strategies(logps, CONFIG, dialogue, ESCONV) == strategies
+    assert draw_strategies(logps, CONFIG, dialogue, ESCONV.strategies) == strategies
     assert write(CONFIG) == replies
     assert torch.equal(torch.get_rng_state(), state)
     assert write(SimpleNamespace(**vars(CONFIG) | {"seed": 1})) != replies

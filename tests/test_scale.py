@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from desc import attention
 from desc.encoding import Item, TokenSequence
+from desc.flags import TrainConfig
 from desc.forward import decoder_blocks, sequence_logps
 from desc.lora import add_adapter
 from desc.modeling import empty_model
@@ -250,3 +251,17 @@ def test_what_ranks_read_in_a_row_by_hand(toy):
     printed = estimate(toy[0], settings, [items], passes=1)
     assert "read in a row                11 " in printed
     assert "1.5 of 2 ranks have work" in printed
+
+
+def test_the_estimate_says_what_a_copy_would_take():
+    """On 4 ranks a copy takes 3/4 of all weights, adapters and optimizer more than a part, but
+    nothing is gathered."""
+    shape = LLAMA | {"hidden_size": 1024, "num_hidden_layers": 2, "intermediate_size": 2048}
+    model = build(empty_model, LlamaConfig, shape | {"head_dim": 16})
+    items = [Item("a", "a", [TokenSequence([1] * 8, [1])])]
+    config = TrainConfig(task="sp", estimate=4, dtype="bfloat16", dropout=0.0)
+    printed = estimate(model, config, [items], passes=1)
+    parts = memory(model, config, [chain(8)])
+    more = 3 * sum(parts[name] for name in ("weights", "adapters", "gradients, optimizer"))
+    copied = sum(parts.values()) + more - parts["weights gathered"]
+    assert f"if each has a copy    {copied / 1e9:9.2f} GB" in printed

@@ -194,7 +194,7 @@ def test_an_artefact_with_the_strategy_in_another_place_is_refused(made_with, gi
     with (
         pytest.raises(DescError, match="was made with --strategy-at") if refused else nullcontext()
     ):
-        cli.refuse_other_place(config, Path("out/rg/sft"), made_with)
+        cli.refuse_other_prompts(config, Path("out/rg/sft"), made_with)
 
 
 def test_the_shipped_pairs_have_their_strategy_in_the_system_message(tmp_path):

@@ -557,8 +557,8 @@ def test_a_run_that_goes_on_another_day_keeps_its_date(tmp_path, capsys):
 def test_answers_of_another_day_are_those_of_the_same_journal(tmp_path):
     """Under way and finished. Answers of another seed are others."""
     config = flags.TaskConfig(task="sp", date="2026-01-05", dtype="float32")
-    wanted = flags.answer_settings(flags.TaskConfig(task="sp"))
-    begun = flags.answer_settings(config)
+    wanted = flags.answer_settings(flags.TaskConfig(task="sp"), ["sp"])
+    begun = flags.answer_settings(config, ["sp"])
     assert begun["date"] == "2026-01-05" and wanted["date"] == "auto"
     journal = Journal(tmp_path, "answers", begun)
     journal.append({"key": "0"})

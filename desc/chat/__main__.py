@@ -16,7 +16,6 @@ from desc import DescError, cli
 from desc.chat.conversation import Chat, attach
 from desc.chat.safety import OPENING
 from desc.flags import SampleConfig, parse
-from desc.strategies import read_strategies
 from desc.training import ranks
 
 
@@ -26,16 +25,16 @@ def main():
     # a warning must not wait in a pipe for the reply
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     print(OPENING)
-    strategies = read_strategies(config.strategies)
+    domain = config.read_domain()
     device = ranks.join_ranks()
     cli.resolve_auto(config, device)
     model, tokenizer = cli.load_model(config, device)
-    chat = Chat(model, tokenizer, config, strategies, attach(model, config))
+    chat = Chat(model, tokenizer, config, domain, attach(model, config))
     print(
         f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."
         " /help lists the commands."
     )
-    prompt = "\nseeker: " if sys.stdin.isatty() else ""
+    prompt = f"\n{domain.speakers[0]}: " if sys.stdin.isatty() else ""
     with suppress(EOFError, KeyboardInterrupt):  # at the prompt both mean goodbye
         while True:
             line = input(prompt).strip()

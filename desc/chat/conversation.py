@@ -1,4 +1,6 @@
-"""A conversation: the planner chooses, the generator says it, the seeker commands."""
+"""A conversation: the planner chooses, the generator says it, the seeker commands.
+
+Who is answered is called the seeker here, whatever the domain's word for them is."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -8,6 +10,7 @@ import torch
 
 from desc import cli
 from desc.chat.safety import CRISIS, in_danger
+from desc.domain import Domain
 from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
 from desc.flags import SampleConfig
@@ -15,7 +18,6 @@ from desc.lora import adapter_only
 from desc.prompts import build_messages
 from desc.sampling import grow_branches, score, seed_of, seeded, stream_text, temper
 from desc.storage.files import write_json
-from desc.strategies import Strategies
 
 HELP = """\
 /strategy NAME   every reply follows this strategy from now on; without NAME the planner chooses
@@ -48,7 +50,7 @@ class Chat:
     model: torch.nn.Module
     tokenizer: object
     config: SampleConfig
-    strategies: Strategies
+    domain: Domain
     stages: dict[str, list[str]]
     turns: tuple[Turn, ...] = ()  # as a Dialogue's: alternating, seeker first, supporter last
     forced: str | None = None  # the strategy that every reply follows
@@ -65,10 +67,18 @@ class Chat:
         """What a module reads at the end of the dialogue, which is the seeker's message. Raises
         DescError if that message alone is too long."""
         messages = build_messages(
-            task, dialogue, len(dialogue), strategy, self.strategies, self.config.strategy_at
+            task, dialogue, len(dialogue), strategy, self.domain, self.config.strategy_at
         )
-        name, end = "your message", task == "sp"
-        item = encode(self.tokenizer, name, dialogue.id, messages, completions, room, end)
+        item = encode(
+            self.tokenizer,
+            "your message",
+            dialogue.id,
+            messages,
+            completions,
+            room,
+            end=task == "sp",
+            speakers=self.domain.speakers,
+        )
         if item.turns_cut and not self.warned_of_length:
             print(
                 "(The conversation has outgrown --max-length: from now on its oldest exchanges are"
@@ -80,7 +90,7 @@ class Chat:
     def plan(self, dialogue: Dialogue) -> str:
         """The strategy of the next reply, drawn or forced. Prints the exact distribution, one bar
         of up to 30 blocks per strategy."""
-        config, names = self.config, self.strategies
+        config, names = self.config, self.domain.strategies
         item = self.read("sp", dialogue, list(names), config.max_length)
         with adapter_only(self.model, f"sp-{self.stages['sp'][0]}"):
             logps = score(self.model, [item], config.max_length)[0]
@@ -117,7 +127,7 @@ class Chat:
         """Plan and say the reply to a message. Both join the conversation, or neither does."""
         dialogue = Dialogue("chat", (*self.turns, Turn("seeker", text)))
         strategy = self.plan(dialogue)
-        reply = self.say(dialogue, strategy, self.stages["rg"][0], "supporter")
+        reply = self.say(dialogue, strategy, self.stages["rg"][0], self.domain.speakers[1])
         if reply:
             self.turns = (*dialogue.turns, Turn("supporter", reply, strategy))
         else:
@@ -149,10 +159,11 @@ class Chat:
 
     def choose_strategy(self, name: str) -> None:
         """Force a strategy, or let the planner choose again."""
-        strategy = self.strategies.parse(name)
+        strategies = self.domain.strategies
+        strategy = strategies.parse(name)
         if name and not strategy:
-            hint = self.strategies.suggestion(name)
-            print(f"{name!r} is no strategy{hint}; there are {', '.join(self.strategies)}")
+            hint = strategies.suggestion(name)
+            print(f"{name!r} is no strategy{hint}; there are {', '.join(strategies)}")
             return
         self.forced = strategy
         if strategy:

@@ -31,6 +31,7 @@ def write_page(path: str | Path, results: dict) -> None:
     `results` holds
       "facts"       {name: value}: how the evaluation was made
       "strategies"  the K names
+      "speakers"    what the domain calls who is answered, and who answers
       "systems"     {system: row}, as desc.evaluation.scores.summarise makes them
       "answers"     {system: one record per dialogue}, as
                     desc.evaluation.systems.answer_dialogue_as makes them
@@ -39,6 +40,8 @@ def write_page(path: str | Path, results: dict) -> None:
 
     Raises DescError if matplotlib is missing."""
     parts = {
+        "seeker": escape(results["speakers"][0]),
+        "supporter": escape(results["speakers"][1]),
         "lead": lead_html(results),
         "systems": ", ".join(escape(name) for name in results["answers"]),
         "scores": scores_html(results),
@@ -77,7 +80,7 @@ def contents_html(template: str) -> str:
 def lead_html(results: dict) -> str:
     dialogues = results["dialogues"]
     turns = sum(len(dialogue["turns"]) // 2 for dialogue in dialogues)
-    return f"{turns:,} supporter turns of {len(dialogues)} test dialogues"
+    return f"{turns:,} {escape(results['speakers'][1])} turns of {len(dialogues)} test dialogues"
 
 
 def facts_html(results: dict) -> str:
@@ -245,6 +248,7 @@ def dialogues_json(results: dict) -> str:
         )
     shown = {
         "strategies": results["strategies"],
+        "speakers": results["speakers"],
         "systems": list(results["answers"]),
         "dialogues": dialogues,
     }

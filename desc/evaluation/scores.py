@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from desc.domain import Strategies
 from desc.esconv import Dialogue
 from desc.evaluation.text import corpus_scores, near_copies, self_repetition, turn_scores, words
 from desc.judging.judge import RUBRICS
@@ -25,7 +26,6 @@ from desc.metrics import (
 )
 from desc.mining import UNREADABLE
 from desc.sampling import temper
-from desc.strategies import Strategies
 
 FREQUENCIES = "training frequencies"  # the row of a planner that ignores the context
 TOP = (2, 3)  # the k of the columns top-k

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from desc import DescError, cli
+from desc.domain import Domain, Strategies
 from desc.esconv import Dialogue
 from desc.evaluation.scores import FREQUENCIES
 from desc.judging.judge import Judge, contest, rate
@@ -14,7 +15,6 @@ from desc.lora import adapter_only
 from desc.mining import Annotator, Case
 from desc.sampling import draw_strategies, score_strategies, write_dialogue
 from desc.storage.adapters import adapter_digest
-from desc.strategies import Strategies
 
 BASE = "base"  # instead of an adapter's folder: the model without an adapter
 GOLD = "gold"  # instead of the planner's folder: the human strategies
@@ -152,7 +152,7 @@ class Plan:
 
 
 def plan_strategies(
-    system: System, loaded: LoadedModel, config, dialogue: Dialogue, strategies: Strategies
+    system: System, loaded: LoadedModel, config, dialogue: Dialogue, domain: Domain
 ) -> Plan:
     """What the planner of a system plans on the human history, with config.seeds seeds.
 
@@ -163,12 +163,12 @@ def plan_strategies(
     configs = [replace(config, seed=config.seed + i) for i in range(config.seeds)]
     with loaded.with_adapter(system.planner_adapter):
         if config.decode == "scored":
-            return plan_scored(system.planner, loaded, configs, dialogue, strategies)
-        return plan_freely(system.planner, loaded, configs, dialogue, strategies)
+            return plan_scored(system.planner, loaded, configs, dialogue, domain)
+        return plan_freely(system.planner, loaded, configs, dialogue, domain)
 
 
 def plan_scored(
-    task: str, loaded: LoadedModel, configs: list, dialogue: Dialogue, strategies: Strategies
+    task: str, loaded: LoadedModel, configs: list, dialogue: Dialogue, domain: Domain
 ) -> Plan:
     """Strategies drawn from the exact distribution over all names, once by each of `configs`."""
     logps = score_strategies(
@@ -176,26 +176,26 @@ def plan_scored(
         loaded.tokenizer,
         task,
         [dialogue],
-        strategies,
+        domain,
         configs[0].max_length,
         configs[0].max_tokens,
     )
-    predicted = [draw_strategies(logps, config, dialogue, strategies) for config in configs]
+    predicted = [draw_strategies(logps, config, dialogue, domain.strategies) for config in configs]
     return Plan(predicted, logps.tolist(), [])
 
 
 def plan_freely(
-    task: str, loaded: LoadedModel, configs: list, dialogue: Dialogue, strategies: Strategies
+    task: str, loaded: LoadedModel, configs: list, dialogue: Dialogue, domain: Domain
 ) -> Plan:
     """Strategies written freely and parsed, as the paper does; once by each of `configs`."""
     model, tokenizer = loaded.model, loaded.tokenizer
     unplanned = [(turn, None) for turn in range(len(dialogue))]
     texts_by_seed = [
-        write_dialogue(model, tokenizer, config, task, dialogue, unplanned, strategies)
+        write_dialogue(model, tokenizer, config, task, dialogue, unplanned, domain)
         for config in configs
     ]
     predicted = [
-        [parse_strategy(task, text, strategies) for text in texts] for texts in texts_by_seed
+        [parse_strategy(task, text, domain.strategies) for text in texts] for texts in texts_by_seed
     ]
     return Plan(predicted, [], texts_by_seed[0])
 
@@ -213,7 +213,7 @@ def answer_dialogue_as(
     loaded: LoadedModel,
     config,
     dialogue: Dialogue,
-    strategies: Strategies,
+    domain: Domain,
     with_replies: bool,
 ) -> dict:
     """The record of what a system answers at the T supporter turns of a dialogue, on the human
@@ -223,20 +223,20 @@ def answer_dialogue_as(
     and "followed" (T) names these; without `with_replies`, or without a generator, "replies" is [].
     "gold" and "human" (T) are the strategies and texts of the human supporter. `config` is
     evaluate.py's."""
-    plan = plan_strategies(system, loaded, config, dialogue, strategies)
+    plan = plan_strategies(system, loaded, config, dialogue, domain)
     # A generator needs a strategy, even if the planner wrote none.
-    followed = [name or strategies[-1] for name in plan.predicted[0]]
+    followed = [name or domain.strategies[-1] for name in plan.predicted[0]]
     replies = []
     if with_replies and system.generator == "vanilla" and plan.written:
         # Free decoding has written the replies already, each behind its strategy.
         followed = [name or "none" for name in plan.predicted[0]]
-        replies = [strategies.split_tag(text)[1] for text in plan.written]
+        replies = [domain.strategies.split_tag(text)[1] for text in plan.written]
     elif with_replies and system.generator:
         model, tokenizer = loaded.model, loaded.tokenizer
         planned = list(enumerate(followed))
         with loaded.with_adapter(system.generator_adapter):
             replies = write_dialogue(
-                model, tokenizer, config, system.generator, dialogue, planned, strategies
+                model, tokenizer, config, system.generator, dialogue, planned, domain
             )
     human = dialogue.supporter_turns()
     return {
@@ -251,7 +251,11 @@ def answer_dialogue_as(
 
 
 def annotate_and_judge(
-    annotator: Annotator | None, judge: Judge | None, dialogue: Dialogue, answers: dict[str, dict]
+    annotator: Annotator | None,
+    judge: Judge | None,
+    dialogue: Dialogue,
+    answers: dict[str, dict],
+    domain: Domain,
 ) -> list[dict]:
     """Add to the record of each system what is said of its replies. `answers` is {system: record}.
 
@@ -267,10 +271,10 @@ def annotate_and_judge(
         if annotator:
             record["judged"] = annotate(annotator, dialogue, record)
         if judge:
-            record["ratings"], lines = rate(judge, dialogue, replies)
+            record["ratings"], lines = rate(judge, dialogue, replies, domain)
             transcript += [{"system": name, **line} for line in lines]
         if judge and name != first and first_replies:
-            record["verdicts"], lines = contest(judge, dialogue, replies, first_replies)
+            record["verdicts"], lines = contest(judge, dialogue, replies, first_replies, domain)
             transcript += [{"system": name, "against": first, **line} for line in lines]
     return transcript
 

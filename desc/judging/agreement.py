@@ -14,6 +14,7 @@ import numpy as np
 
 from desc import DescError
 from desc.cli import markdown
+from desc.domain import ESCONV, Domain
 from desc.esconv import Dialogue, flatten
 from desc.judging.forms import (
     NUMBER,
@@ -37,8 +38,7 @@ from desc.judging.statistics import (
     spearman,
 )
 from desc.metrics import FEWEST_GROUPS, NO_INTERVAL, interval, resample
-from desc.mining import LABELS, UNREADABLE, Annotator, Answer
-from desc.strategies import Strategies
+from desc.mining import UNREADABLE, Annotator, Answer
 
 REVIEW_COLUMNS = ("number", "context", "strategy", "reply", "label")
 RATING_COLUMNS = (
@@ -52,15 +52,22 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".ods")
 CONTEXT_LENGTH = 6  # utterances that people see before a reply
 
 
-def format_context(dialogue: Dialogue, turn: int) -> str:
+def format_context(dialogue: Dialogue, turn: int, speakers: tuple[str, str]) -> str:
     """The last utterances before supporter turn `turn`, each on a line of its own."""
-    return flatten(dialogue.history(turn)[-CONTEXT_LENGTH:]).removesuffix("\n")
+    shown = dialogue.history(turn)[-CONTEXT_LENGTH:]
+    return flatten(shown, speakers).removesuffix("\n")
 
 
 # --- reviews --------------------------------------------------------------------------------------
 
 
-def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int, seed: int) -> None:
+def write_review(
+    path: Path,
+    answers: list[tuple[Dialogue, Answer]],
+    count: int,
+    seed: int,
+    speakers: tuple[str, str] = ESCONV.speakers,
+) -> None:
     """`count` random judged answers as a CSV for people to label, in the column "label".
 
     What the annotator says of them would sway people. So it is in the key alone. Raises DescError
@@ -69,7 +76,8 @@ def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int,
     drawn = random.Random(seed).sample(judged, min(count, len(judged)))
     rows = []
     for number, (dialogue, answer) in enumerate(drawn, 1):
-        row = {"number": number, "context": format_context(dialogue, answer.turn)}
+        context = format_context(dialogue, answer.turn, speakers)
+        row = {"number": number, "context": context}
         row |= {"strategy": answer.strategy, "reply": answer.reply}
         row |= {"dialogue": dialogue.id, "turn": answer.turn, "annotator": answer.judged.error}
         row |= {"confidence": answer.judged.confidence, "explanation": answer.judged.explanation}
@@ -77,11 +85,13 @@ def write_review(path: Path, answers: list[tuple[Dialogue, Answer]], count: int,
     write_table(path, REVIEW_COLUMNS, rows)
 
 
-def read_review(path: str | Path) -> tuple[list[str], list[str], list[str]]:
+def read_review(
+    path: str | Path, labels: Sequence[str] = ESCONV.labels
+) -> tuple[list[str], list[str], list[str]]:
     """(people's labels, the annotator's, dialogues): one of each per labelled answer of a review.
 
-    Raises DescError as read_filled does, if a label is none of LABELS, naming its number, or if
-    nothing is labelled."""
+    Raises DescError as read_filled does, if a label is none of the domain's `labels`, naming its
+    number, or if nothing is labelled."""
     path = Path(path)
     people, annotator, dialogues = [], [], []
     hidden = ("dialogue", "turn", "annotator")
@@ -90,12 +100,12 @@ def read_review(path: str | Path) -> tuple[list[str], list[str], list[str]]:
         if not label:
             continue
         number = row["number"]
-        if label not in LABELS:
+        if label not in labels:
             raise DescError(
                 f"{path}: row {row_number}: number {number} is labelled {label!r}; labels are"
-                f" {', '.join(LABELS)}"
+                f" {', '.join(labels)}"
             )
-        if row["annotator"] not in (*LABELS, UNREADABLE):
+        if row["annotator"] not in (*labels, UNREADABLE):
             raise DescError(
                 f"{key_path(path)}: number {number} is annotated {row['annotator']!r}, no label"
             )
@@ -111,7 +121,7 @@ def read_review(path: str | Path) -> tuple[list[str], list[str], list[str]]:
 
 
 def measure_agreement(
-    config, dialogues: list[Dialogue], strategies: Strategies, annotator: Annotator | None
+    config, dialogues: list[Dialogue], domain: Domain, annotator: Annotator | None
 ) -> str:
     """`agreement_report` on the file config.agreement (`config` is mine_preferences.py's).
 
@@ -121,12 +131,13 @@ def measure_agreement(
     is needed and missing, or if nothing is held out."""
     path = Path(config.agreement)
     if path.suffix.casefold() in TABLE_SUFFIXES or key_path(path).exists():
-        return agreement_report(*read_review(config.agreement), config.seed)
+        labelled_by = read_review(config.agreement, domain.labels)
+        return agreement_report(*labelled_by, config.seed, domain.labels)
     if annotator is None:
         raise DescError(
             "--agreement with labelled turns needs an annotator: give --annotator local or endpoint"
         )
-    labelled = read_labels(config.agreement, dialogues, strategies, config.label_map)
+    labelled = read_labels(config.agreement, dialogues, domain, config.label_map)
     _, held = hold_out(labelled, config.held_out)
     if not held:
         raise DescError(
@@ -139,11 +150,16 @@ def measure_agreement(
         [annotation.error for annotation in annotations],
         [turn.dialogue for turn in held],
         config.seed,
+        domain.labels,
     )
 
 
 def agreement_report(
-    people: Sequence[str], annotator: Sequence[str], dialogues: Sequence[str], seed: int = 0
+    people: Sequence[str],
+    annotator: Sequence[str],
+    dialogues: Sequence[str],
+    seed: int = 0,
+    labels: Sequence[str] = ESCONV.labels,
 ) -> str:
     """How far an annotator agrees with people, as text, from the labels of each and the turns'
     dialogues.
@@ -151,7 +167,7 @@ def agreement_report(
     It shows κ with its 95 % interval (bootstrap over dialogues; none below FEWEST_GROUPS), a table
     with one line per label, and the confusion matrix. An unreadable annotation agrees with
     nothing."""
-    names = [*LABELS, *sorted(set(annotator) - set(LABELS))]
+    names = [*labels, *sorted(set(annotator) - set(labels))]
     counts = {dialogue: np.zeros((len(names), len(names))) for dialogue in dialogues}
     for label, annotated, dialogue in zip(people, annotator, dialogues, strict=True):
         counts[dialogue][names.index(annotated), names.index(label)] += 1
@@ -210,7 +226,12 @@ def format_share(part: float, whole: float) -> str:
 # --- ratings --------------------------------------------------------------------------------------
 
 
-def write_ratings(path: Path, dialogues: list[Dialogue], answers: dict[str, list[dict]]) -> None:
+def write_ratings(
+    path: Path,
+    dialogues: list[Dialogue],
+    answers: dict[str, list[dict]],
+    speakers: tuple[str, str] = ESCONV.speakers,
+) -> None:
     """The rated replies of some systems as a CSV, with an empty column for people's rating beside
     each of the judge's.
 
@@ -222,7 +243,7 @@ def write_ratings(path: Path, dialogues: list[Dialogue], answers: dict[str, list
             rated = zip(record["replies"], record.get("ratings", []))
             for turn, (reply, ratings) in enumerate(rated):
                 row = {"system": system, "dialogue": dialogue.id, "turn": turn}
-                row |= {"context": format_context(dialogue, turn), "reply": reply}
+                row |= {"context": format_context(dialogue, turn, speakers), "reply": reply}
                 row |= {f"{rubric} judge": ratings[rubric] for rubric in RUBRICS}
                 rows.append(row)
     write_table(path, RATING_COLUMNS, rows)

@@ -1,27 +1,26 @@
 """A model as annotator: it names what is psychologically wrong with a supporter's turn.
 
-The model is local, or behind an endpoint. Definitions and worked examples guide it
-(data/annotator.txt), like the paper's expert-guided annotator. Their words are our own."""
+The model is local, or behind an endpoint. The domain's definitions and worked examples guide it,
+like the paper's expert-guided annotator. The words of ESConv's (data/esconv.json) are our own."""
 
 import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from desc import cli
+from desc.domain import ESCONV, NO_ERROR, Domain
 from desc.encoding import encode
 from desc.esconv import Turn, flatten
 from desc.flags import AskConfig, DataConfig
 from desc.judging.completions import SURROGATE
 from desc.judging.endpoint import MARK, Endpoint, json_schema_format
 from desc.lora import adapter_only
-from desc.mining import LABELS, UNREADABLE, Annotation, Annotator, Case
+from desc.mining import UNREADABLE, Annotation, Annotator, Case
 from desc.prompts import Messages
 from desc.sampling import score
 
@@ -32,23 +31,21 @@ BY_JSON = (
     'Answer with one JSON object and nothing else: {"error": the name of the error or "none",'
     ' "explanation": one sentence, "confidence": from 0 to 1}'
 )
-FIELDS = {
-    "error": {"type": "string", "enum": list(LABELS)},
-    "explanation": {"type": "string"},
-    "confidence": {"type": "number", "minimum": 0, "maximum": 1},
-}
-SCHEMA = {
-    "type": "object",
-    "properties": FIELDS,
-    "required": list(FIELDS),
-    "additionalProperties": False,
-}
 
 
-@cache
-def read_guide(name: str) -> str:
-    """The text of a file in desc/data."""
-    return (files("desc") / "data" / name).read_text(encoding="utf-8")
+def annotation_schema(domain: Domain) -> dict:
+    """The JSON schema of an annotation."""
+    properties = {
+        "error": {"type": "string", "enum": list(domain.labels)},
+        "explanation": {"type": "string"},
+        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
+    }
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def quote(text: str) -> str:
@@ -65,21 +62,31 @@ def escape_mark(mark: re.Match) -> str:
 
 
 def build_quoted_messages(
-    system: str, history: Sequence[Turn], lines: Sequence[tuple[str, str]]
+    system: str,
+    history: Sequence[Turn],
+    lines: Sequence[tuple[str, str]],
+    speakers: tuple[str, str],
 ) -> Messages:
     """A system message, and a user message with one line 'name: "text"' per utterance.
 
     The utterances of `history` come first, then `lines`, pairs of a name and a text."""
-    quoted = flatten(history, quote) + "".join(f"{name}: {quote(text)}\n" for name, text in lines)
+    quoted = flatten(history, speakers, quote)
+    quoted += "".join(f"{name}: {quote(text)}\n" for name, text in lines)
     return [{"role": "system", "content": system}, {"role": "user", "content": quoted}]
 
 
-def build_annotator_messages(case: Case, answer_form: str = BY_LABEL) -> Messages:
+def build_annotator_messages(
+    case: Case, domain: Domain = ESCONV, answer_form: str = BY_LABEL
+) -> Messages:
     """What the annotator reads: the conversation, then the strategy and the reply to annotate.
 
     `answer_form` is the sentence that says how to answer: BY_LABEL or BY_JSON."""
     lines = [("strategy", case.strategy), ("reply", case.reply)]
-    return build_quoted_messages(read_guide("annotator.txt") + answer_form, case.history, lines)
+    definitions = [f"{name}: {error.definition}" for name, error in domain.errors.items()]
+    definitions.append(f"{NO_ERROR}: the turn is sound.")
+    guide = domain.annotator.replace("{errors}", "\n".join(definitions))
+    system = f"{guide}\n\n{answer_form}"
+    return build_quoted_messages(system, case.history, lines, domain.speakers)
 
 
 def score_options(
@@ -88,6 +95,7 @@ def score_options(
     conversations: Sequence[Messages],
     options: Sequence[str],
     config: DataConfig,
+    domain: Domain,
     *adapters: str,
 ) -> list[dict[str, float]]:
     """{option: its share of probability} as the answer to each conversation; shares sum to 1.
@@ -95,10 +103,11 @@ def score_options(
     The model is used with `adapters` alone. All conversations are read as one tree, of which
     `config` limits the size (max_tokens); it limits a prompt's length, too (max_length). Raises
     DescError if a conversation is too long."""
-    items = [
-        encode(tokenizer, f"case {i}", "", messages, list(options), config.max_length)
-        for i, messages in enumerate(conversations)
-    ]
+    items = []
+    for i, messages in enumerate(conversations):
+        name, room = f"case {i}", config.max_length
+        item = encode(tokenizer, name, "", messages, list(options), room, speakers=domain.speakers)
+        items.append(item)
     with adapter_only(model, *adapters):
         logps = score(model, items, config.max_tokens)
     return [dict(zip(options, shares)) for shares in logps.exp().tolist()]
@@ -108,16 +117,19 @@ def score_options(
 class LocalAnnotator:
     """Names the likeliest label of each case, with its share of probability as the confidence.
 
-    So the label is always one of LABELS. If the model has an adapter called MODULE, it is used."""
+    So the label is always one of the domain's. If the model has an adapter called MODULE, it is
+    used."""
 
     model: torch.nn.Module
     tokenizer: object
     config: DataConfig
+    domain: Domain = ESCONV
 
     def __call__(self, cases: list[Case]) -> list[Annotation]:
-        conversations = [build_annotator_messages(case) for case in cases]
+        domain = self.domain
+        conversations = [build_annotator_messages(case, domain) for case in cases]
         scored = score_options(
-            self.model, self.tokenizer, conversations, LABELS, self.config, MODULE
+            self.model, self.tokenizer, conversations, domain.labels, self.config, domain, MODULE
         )
         annotations = []
         for shares in scored:
@@ -134,22 +146,27 @@ class EndpointAnnotator:
 
     endpoint: Endpoint
     max_tokens: int = AskConfig.annotator_tokens
+    domain: Domain = ESCONV
 
     def __call__(self, cases: list[Case]) -> list[Annotation]:
-        conversations = [build_annotator_messages(case, BY_JSON) for case in cases]
+        conversations = [build_annotator_messages(case, self.domain, BY_JSON) for case in cases]
         completions = self.endpoint.ask_all(
             conversations,
             MODULE,
             seed=0,
-            readable=lambda text: read_annotation(text).error != UNREADABLE,
+            readable=lambda text: self.read(text).error != UNREADABLE,
             temperature=0.0,
             max_tokens=self.max_tokens,
-            response_format=json_schema_format(SCHEMA),
+            response_format=json_schema_format(annotation_schema(self.domain)),
         )
         return [
-            Annotation(UNREADABLE, 0.0, said.text) if said.problem else read_annotation(said.text)
+            Annotation(UNREADABLE, 0.0, said.text) if said.problem else self.read(said.text)
             for said in completions
         ]
+
+    def read(self, text: str) -> Annotation:
+        """The annotation in what the model wrote."""
+        return read_annotation(text, self.domain.labels)
 
 
 def make_annotator(
@@ -159,16 +176,17 @@ def make_annotator(
 
     The local one gets the adapter OUT/annotate/sft attached, if there is one."""
     if config.annotator == "endpoint":
-        return EndpointAnnotator(endpoint, config.annotator_tokens)
+        return EndpointAnnotator(endpoint, config.annotator_tokens, config.read_domain())
     if config.annotator == "local":
         otherwise = "the base model judges; train_sft.py --task annotate makes a better annotator"
         cli.use_adapter(config, model, Path(config.out) / MODULE / "sft", MODULE, otherwise)
-        return LocalAnnotator(model, tokenizer, config)
+        return LocalAnnotator(model, tokenizer, config, config.read_domain())
     return None
 
 
-def read_annotation(text: str) -> Annotation:
-    """The annotation in what a model wrote: the first JSON object in it, or a bare label.
+def read_annotation(text: str, labels: Sequence[str] = ESCONV.labels) -> Annotation:
+    """The annotation in what a model wrote: the first JSON object in it, or one of the `labels`
+    alone.
 
     If there is neither, or if a field makes no sense, its error is UNREADABLE, and its explanation
     is the whole text."""
@@ -181,7 +199,7 @@ def read_annotation(text: str) -> Annotation:
         return unreadable
     explanation = answer.get("explanation") or ""
     is_text = isinstance(explanation, str) and not SURROGATE.search(explanation)
-    if error not in LABELS or not math.isfinite(confidence) or not is_text:
+    if error not in labels or not math.isfinite(confidence) or not is_text:
         return unreadable
     return Annotation(error, min(max(confidence, 0.0), 1.0), explanation)
 

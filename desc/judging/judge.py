@@ -1,22 +1,21 @@
 """A model as judge: it rates replies, and says which of two is better.
 
-The model is local, or behind an endpoint. It judges by four rubrics (data/judge.json), whose words
-are our own."""
+The model is local, or behind an endpoint. It judges by four rubrics. The domain says what each one
+asks; the words of ESConv's (data/esconv.json) are our own."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from desc.domain import ESCONV, RUBRICS, Domain
 from desc.esconv import Dialogue
 from desc.flags import DataConfig
-from desc.judging.annotator import build_quoted_messages, read_guide, score_options
+from desc.judging.annotator import build_quoted_messages, score_options
 from desc.judging.endpoint import Endpoint, json_schema_format
 from desc.prompts import Messages
 
-RUBRICS = ("fluency", "professionalism", "empathy", "helpfulness")
 DIGITS = ("0", "1", "2", "3", "4", "5")
 SIDES = ("A", "B", "tie")
 # The option alone, or with little around it ("**4**", "Score: 4/5", "tie."). In a longer text a
@@ -47,9 +46,12 @@ class LocalJudge:
     model: torch.nn.Module
     tokenizer: object
     config: DataConfig
+    domain: Domain = ESCONV
 
     def __call__(self, conversations: list[Messages], options: Sequence[str]) -> list[Opinion]:
-        scored = score_options(self.model, self.tokenizer, conversations, options, self.config)
+        scored = score_options(
+            self.model, self.tokenizer, conversations, options, self.config, self.domain
+        )
         return [Opinion(shares, max(shares, key=shares.get)) for shares in scored]
 
 
@@ -81,7 +83,7 @@ def make_judge(config, model, tokenizer, endpoint: Endpoint | None) -> Judge | N
     if config.judge == "endpoint":
         return EndpointJudge(endpoint, config.judge_tokens)
     if config.judge == "local":
-        return LocalJudge(model, tokenizer, config)
+        return LocalJudge(model, tokenizer, config, config.read_domain())
     return None
 
 
@@ -95,12 +97,12 @@ def read_opinion(text: str, options: Sequence[str]) -> Opinion:
 
 
 def build_judge_messages(
-    rubric: str, dialogue: Dialogue, turn: int, replies: dict[str, str]
+    rubric: str, dialogue: Dialogue, turn: int, replies: dict[str, str], domain: Domain = ESCONV
 ) -> Messages:
     """What the judge reads: the history, the human supporter's reply, and `replies` by their names.
 
     One reply is to be rated from 0 to 5. Of two, called A and B, the better is to be named."""
-    texts = json.loads(read_guide("judge.json"))
+    texts = domain.judge
     if len(replies) == 1:
         scale = texts[rubric]["scale"]
         answer_form = f"{scale} Answer with one digit from 0 to 5 and nothing else."
@@ -109,12 +111,13 @@ def build_judge_messages(
             "Which of A and B is better in this respect? Answer with A, B or tie and nothing else."
         )
     system = " ".join([texts["guide"], texts[rubric]["asks"], answer_form])
-    lines = [("human supporter's reply", dialogue.supporter(turn).text), *replies.items()]
-    return build_quoted_messages(system, dialogue.history(turn), lines)
+    human = f"human {domain.speakers[1]}'s reply"
+    lines = [(human, dialogue.supporter(turn).text), *replies.items()]
+    return build_quoted_messages(system, dialogue.history(turn), lines, domain.speakers)
 
 
 def rate(
-    judge: Judge, dialogue: Dialogue, replies: list[str]
+    judge: Judge, dialogue: Dialogue, replies: list[str], domain: Domain = ESCONV
 ) -> tuple[list[dict[str, float | None]], list[dict]]:
     """(each reply's {rubric: rating}, a transcript); `replies` are one system's, one per turn.
 
@@ -125,7 +128,7 @@ def rate(
     transcript = []
     for rubric in RUBRICS:
         conversations = [
-            build_judge_messages(rubric, dialogue, turn, {"reply": reply})
+            build_judge_messages(rubric, dialogue, turn, {"reply": reply}, domain)
             for turn, reply in enumerate(replies)
         ]
         for turn, opinion in enumerate(judge(conversations, DIGITS)):
@@ -143,7 +146,11 @@ def mean_rating(opinion: Opinion) -> float | None:
 
 
 def contest(
-    judge: Judge, dialogue: Dialogue, replies: list[str], first_replies: list[str]
+    judge: Judge,
+    dialogue: Dialogue,
+    replies: list[str],
+    first_replies: list[str],
+    domain: Domain = ESCONV,
 ) -> tuple[list[dict[str, list]], list[dict]]:
     """(each turn's {rubric: two verdicts}, a transcript) on a system's replies and the first's.
 
@@ -157,7 +164,7 @@ def contest(
         for a, b in (("ours", "theirs"), ("theirs", "ours")):
             meaning = {"A": a, "B": b, "tie": "tie"}
             conversations = [
-                build_judge_messages(rubric, dialogue, turn, {"A": reply_a, "B": reply_b})
+                build_judge_messages(rubric, dialogue, turn, {"A": reply_a, "B": reply_b}, domain)
                 for turn, (reply_a, reply_b) in enumerate(zip(replies_of[a], replies_of[b]))
             ]
             for turn, opinion in enumerate(judge(conversations, SIDES)):

@@ -3,6 +3,7 @@ annotated by one."""
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -11,12 +12,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from desc import DescError
-from desc.esconv import SPEAKERS, Dialogue, Turn, describe, read_field
+from desc.domain import ESCONV, Domain, Strategies
+from desc.esconv import SPEAKERS, Dialogue, Turn
 from desc.judging.annotator import build_annotator_messages
-from desc.mining import LABELS, Annotation, Annotator, Case
+from desc.mining import Annotation, Annotator, Case
 from desc.prompts import Example
-from desc.storage.files import parse, read_records, read_text
-from desc.strategies import Strategies
+from desc.storage.files import describe, parse, read_field, read_records, read_text
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,18 @@ class LabelledTurn:
     dialogue: str
     turn: int
     case: Case
-    label: str  # one of LABELS
+    label: str  # one of the domain's
 
-    def example(self) -> Example:
+    def example(self, domain: Domain = ESCONV) -> Example:
         """The turn as an annotator is trained on it."""
-        messages = build_annotator_messages(self.case)
+        messages = build_annotator_messages(self.case, domain)
         return Example(self.dialogue, self.turn, messages, self.label)
 
 
 def read_labels(
     path: str | Path,
     dialogues: list[Dialogue],
-    strategies: Strategies,
+    domain: Domain = ESCONV,
     label_map: str | None = None,
 ) -> list[LabelledTurn]:
     """The labelled turns of a file, which is of one of two kinds:
@@ -47,7 +48,7 @@ def read_labels(
     `label_map` is a file as `read_label_map` reads it. Rows whose labels it does not know are left
     out, and rows that have none (null). Raises DescError, naming file and row, if a field of
     another row is missing or cannot be used, or if no row is left."""
-    known_labels = read_label_map(label_map)
+    known_labels, strategies = read_label_map(label_map, domain.labels), domain.strategies
     records = read_records(path)
     if not all(isinstance(record, dict) for record in records):
         raise DescError(f"{path}: should hold JSON objects")
@@ -73,22 +74,26 @@ def read_labels(
     return labelled
 
 
-def read_label_map(path: str | None) -> dict[str, str | None]:
-    """{a file's label: one of LABELS, or None for rows to leave out}, from a JSON object.
+def read_label_map(path: str | None, labels: Sequence[str]) -> dict[str, str | None]:
+    """{a file's label: one of `labels`, or None for rows to leave out}, from a JSON object.
 
-    Without a path, it holds the labels published with DecoupledESC. LABELS themselves are always
-    known. Raises DescError if the file is no such object."""
-    path = path or files("desc") / "data" / "labels.json"
+    Without a path, it holds the labels published with DecoupledESC, as far as they mean one of
+    `labels`, the domain's. These themselves are always known. Raises DescError if the file is no
+    such object."""
+    own = {label: label for label in labels}
+    if path is None:
+        shipped = parse(read_text(files("desc") / "data" / "labels.json"), "labels.json:")
+        return {name: label for name, label in shipped.items() if label in labels} | own
     known_labels = parse(read_text(path), f"{path}:")
     if not isinstance(known_labels, dict):
         raise DescError(f"{path}: should hold JSON objects")
     for label in known_labels.values():
-        if label is not None and label not in LABELS:
+        if label is not None and label not in labels:
             raise DescError(
-                f"{path}: {label!r} is no label; there are {', '.join(LABELS)}, and null to leave a"
+                f"{path}: {label!r} is no label; there are {', '.join(labels)}, and null to leave a"
                 " row out"
             )
-    return known_labels | {label: label for label in LABELS}
+    return known_labels | own
 
 
 def read_own_row(
@@ -137,8 +142,8 @@ def read_utterance(record, where: str) -> Turn:
 def read_label(
     record: dict, name: str, known_labels: dict[str, str | None], where: str
 ) -> str | None:
-    """One of LABELS; None if the row's label is null or not known. Raises DescError that begins
-    with `where` if it is missing or no text."""
+    """One of the domain's labels; None if the row's label is null or not known. Raises DescError
+    that begins with `where` if it is missing or no text."""
     if name in record and record[name] is None:
         return None
     return known_labels.get(read_field(record, name, str, where))

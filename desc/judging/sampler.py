@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from desc.domain import Domain
 from desc.esconv import Dialogue
 from desc.flags import SampleConfig
 from desc.judging.completions import OTHER_FORM
 from desc.judging.endpoint import MARK, Endpoint
 from desc.prompts import build_messages
 from desc.sampling import seed_of
-from desc.strategies import Strategies
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class EndpointSampler:
 
     endpoint: Endpoint
     config: SampleConfig
-    strategies: Strategies
+    domain: Domain
 
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
         """What the planner writes before each turn: the name of a strategy, if all is well."""
@@ -38,7 +38,7 @@ class EndpointSampler:
 
         If no strategy can be read, it is None, and the reply is the whole text."""
         texts = self.answer_turns(dialogue, [(turn, None) for turn in turns], "vanilla")
-        return [self.strategies.split_tag(text) for text in texts]
+        return [self.domain.strategies.split_tag(text) for text in texts]
 
     def answer_turns(
         self, dialogue: Dialogue, planned: Sequence[tuple[int, str | None]], task: str
@@ -47,7 +47,7 @@ class EndpointSampler:
         config = self.config
         harmless = break_marks(dialogue)
         conversations = [
-            build_messages(task, harmless, turn, strategy, self.strategies, config.strategy_at)
+            build_messages(task, harmless, turn, strategy, self.domain, config.strategy_at)
             for turn, strategy in planned
         ]
         completions = self.endpoint.ask_all(
@@ -66,9 +66,9 @@ class EndpointSampler:
     def is_readable(self, task: str, text: str) -> bool:
         """Whether a text has the form that the module of `task` should write."""
         if task == "sp":
-            return self.strategies.parse(text) is not None
+            return self.domain.strategies.parse(text) is not None
         if task == "vanilla":
-            return self.strategies.split_tag(text)[0] is not None
+            return self.domain.strategies.split_tag(text)[0] is not None
         return bool(text)
 
 

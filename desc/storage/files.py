@@ -149,3 +149,28 @@ def read_records(path: str | Path) -> list:
     if not isinstance(whole, (list, dict)):
         raise DescError(f"{path}: should hold a list or an object, not {text.strip()[:60]}")
     return whole if isinstance(whole, list) else [whole]
+
+
+KINDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+
+
+def describe(value) -> str:
+    """What an error message calls a JSON value: "a list", or a number as it is."""
+    return KINDS.get(type(value), repr(value))
+
+
+def read_field(record, name: str, kind: type, where: str):
+    """record[name], checked. Raises DescError if it is missing, or of another kind."""
+    if not isinstance(record, dict):
+        raise DescError(f"{where}: should be an object, not {describe(record)}")
+    if name not in record:
+        names = ", ".join(map(repr, record)) or "none"
+        raise DescError(f"{where}: field {name!r} is missing (it has {names})")
+    value = record[name]
+    if not isinstance(value, kind):
+        raise DescError(f"{where}: field {name!r} should be {KINDS[kind]}, not {describe(value)}")
+    if kind is str and any("\ud800" <= character <= "\udfff" for character in value):
+        raise DescError(
+            f"{where}: field {name!r} holds half a surrogate pair, which is no Unicode text"
+        )
+    return value

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from desc import DescError
 from desc.forward import decoder_blocks
 from desc.storage.base import locate, read_header, weight_files
-from desc.training.ranks import rank, world_size
+from desc.training.ranks import on_any_rank, rank, world_size
 
 
 def must_shard(config, device: torch.device) -> bool:
@@ -30,7 +30,8 @@ def must_shard(config, device: torch.device) -> bool:
         raise DescError("--shard always is for torchrun: torchrun --nproc_per_node 1 SCRIPT …")
     if config.shard != "auto":
         return config.shard == "always"
-    return world_size() > 1 and weight_bytes(config) > memory_of_rank(device) / 2
+    too_large = world_size() > 1 and weight_bytes(config) > memory_of_rank(device) / 2
+    return on_any_rank(too_large)
 
 
 def weight_bytes(config) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from desc.domain import Domain, Strategies
 from desc.encoding import Item
 from desc.esconv import Dialogue
 from desc.flags import TrainConfig
@@ -14,7 +15,6 @@ from desc.metrics import (
     scores_of_confusion,
 )
 from desc.sampling import branch_logps, strategy_items, temper
-from desc.strategies import Strategies
 from desc.training.batches import my_micro_batches
 from desc.training.ranks import gather_objects
 
@@ -29,16 +29,16 @@ class PlannedTurns:
 
 
 def planned_turns(
-    tokenizer, config: TrainConfig, dialogues: list[Dialogue], strategies: Strategies
+    tokenizer, config: TrainConfig, dialogues: list[Dialogue], domain: Domain
 ) -> PlannedTurns | None:
     """The supporter turns of dialogues; None if the module of --task plans nothing.
 
     Raises DescError if a turn is too long."""
     if config.task not in ("sp", "vanilla"):
         return None
-    items = strategy_items(tokenizer, config.task, dialogues, strategies, config.max_length)
+    items = strategy_items(tokenizer, config.task, dialogues, domain, config.max_length)
     gold = [turn.strategy for dialogue in dialogues for turn in dialogue.supporter_turns()]
-    return PlannedTurns(items, gold, strategies)
+    return PlannedTurns(items, gold, domain.strategies)
 
 
 @torch.no_grad()
