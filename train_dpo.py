@@ -217,7 +217,7 @@ def main():
     valid_dialogues = first(splits["valid"], config.eval_dialogues)
     pairs = read_pairs(source / "pairs.jsonl", config.task)
     valid_pairs = first(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
-    empty = must_shard(config, device) or config.estimate > 0
+    empty = config.estimate > 0 or must_shard(config, device)
     model, tokenizer = cli.load_model(config, device, empty)
 
     def encode(pair: Pair) -> Item:

@@ -122,7 +122,7 @@ def main():
     splits = load_splits(config.data, config.split_file, domain.strategies, config.seed)
     valid_dialogues = first(splits["valid"], config.eval_dialogues)
     examples, valid_examples = find_examples(config, splits, domain)
-    empty = must_shard(config, device) or config.estimate > 0
+    empty = config.estimate > 0 or must_shard(config, device)
     model, tokenizer = cli.load_model(config, device, empty)
 
     def encode(example: Example) -> Item:

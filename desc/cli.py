@@ -144,14 +144,19 @@ def refuse_other_prompts(config: Config, folder: Path, made_with: dict) -> None:
     place than --strategy-at. Before these flags the domain was ESConv's, and the strategy stood in
     the system message."""
     module = made_with.get("task")
+    if made_with.get("strategies"):
+        raise DescError(
+            f"{folder}: was made with --strategies, which --domain has replaced; make it again"
+        )
     if module in tuple(READ_BY):
         digest = made_with.get("domain_digest", ESCONV.digest(module))
         if digest != config.read_domain().digest(module):
             file = made_with.get("domain")
-            advice = f"give --domain {file} as it was" if file else "give no --domain"
+            advice = f"give --domain {file} as it was, or make it again"
+            if not file:
+                advice = "give no --domain, or make it again" if config.domain else "make it again"
             raise DescError(
-                f"{folder}: was made for another domain than {config.domain or 'ESConv'};"
-                f" {advice}, or make it again"
+                f"{folder}: was made for another domain than {config.domain or 'ESConv'}; {advice}"
             )
     place = made_with.get("strategy_at", "system")
     if made_with.get("task") == "rg" and place != config.strategy_at:

@@ -87,7 +87,10 @@ class Domain:
 
     def digest(self, module: str) -> str:
         """A digest of what `module` reads of this domain (READ_BY)."""
-        return work_key(*(getattr(self, name) for name in READ_BY[module]))
+        values = {name: getattr(self, name) for name in READ_BY[module]}
+        if "errors" in values:  # of these it reads names and definitions
+            values["errors"] = {name: error.definition for name, error in self.errors.items()}
+        return work_key(*values.values())
 
 
 def read_domain(path: str | Path | None) -> Domain:
@@ -134,17 +137,19 @@ def read_name(value, where: str) -> str:
 
 
 def read_strategies(record, where: str) -> Strategies:
-    """The field "strategies": two or more different names without square brackets."""
+    """The field "strategies": two or more different names, each of which is found again where a
+    planner writes it (Strategies.parse)."""
     values = read_field(record, "strategies", list, where)
     names = [read_name(value, f"{where}: strategies") for value in values]
-    repeated = len({name.casefold() for name in names}) < len(names)
+    strategies = Strategies(names)
     bracketed = any("[" in name or "]" in name for name in names)
-    if len(names) < 2 or repeated or bracketed:
+    found = [strategies.parse(name) for name in names]  # case and a final stop do not count
+    if len(names) < 2 or bracketed or found != names:
         raise DescError(
             f"{where}: field 'strategies' needs two or more different names, without square"
-            " brackets"
+            " brackets, and without quotation marks, colons or stops at their ends"
         )
-    return Strategies(names)
+    return strategies
 
 
 def read_speakers(record, where: str) -> tuple[str, str]:

@@ -73,8 +73,8 @@ class LoRALinear(nn.Linear):
         B = torch.cat(B, dim=1)  # (out, r₁ + r₂)
         y = F.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
         # Added where it lies, because a second tensor (…, out) would cost time.
-        y.addmm_(inner.reshape(len(y), -1), B.T)
-        return y.view(*x.shape[:-1], -1)
+        y.addmm_(inner.reshape(len(y), B.shape[1]), B.T)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

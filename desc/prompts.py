@@ -12,8 +12,8 @@ from desc.domain import ESCONV, Domain
 from desc.esconv import Dialogue, flatten
 
 TASKS = ("sp", "rg", "vanilla")
-# Where rg is told its strategy: in the last message, so that all eight share what comes before, or
-# in the system message, as in the paper's release.
+# Where rg is told its strategy: in the last message, so that all of them share what comes before,
+# or in the system message, as in the paper's release.
 STRATEGY_PLACES = ("system", "turn")
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": …}, …]
 
@@ -84,8 +84,8 @@ def build_messages(
 
 
 def _unlike_a_turn(text: str, speakers: tuple[str, str]) -> str:
-    """A text in which no line looks like the beginning of a turn: "seeker:" and "supporter:", or
-    what the `speakers` are called, get a blank before the colon there.
+    """A text in which no line looks like the beginning of a turn: what the `speakers` are called,
+    such as "seeker:", gets a blank before the colon there.
 
     Otherwise a quoted chat would read as turns, and drop_oldest would cut within the text."""
     return _turn_within_a_text(speakers).sub(r"\1 :", text)

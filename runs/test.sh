@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, format and the whole test suite, in the same environment. Arguments go to pytest:
-# runs/test.sh --slow adds the tests on the real model, and runs/test.sh --cuda runs those that can
-# run on a GPU, there, and no others.
+# runs/test.sh --slow adds the tests on the real model. With runs/test.sh --cuda only those tests
+# run that can run on a GPU, and they run there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs/install.sh

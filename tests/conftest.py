@@ -40,7 +40,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--cuda",
         action="store_true",
-        help="run the tests that can run on a GPU, there, and no others",
+        help="run only the tests that can run on a GPU, and run them there",
     )
 
 

@@ -145,6 +145,16 @@ def test_sharding_without_torchrun_ends_in_one_line():
         sharding.must_shard(config, torch.device("cpu"))
 
 
+def test_a_parameter_without_gradient_is_left_out(monkeypatch):
+    """Two ranks, of which the other has the same gradient: the sum is twice it, the mean is it."""
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(sharding.dist, "all_reduce", lambda gradients: gradients.mul_(2))
+    used, unused = (torch.nn.Parameter(torch.ones(2, 1)) for _ in range(2))
+    used.grad = torch.tensor([[3.0], [4.0]])
+    sharding.average_gradients([unused, used])
+    assert used.grad.tolist() == [[3], [4]] and unused.grad is None
+
+
 def test_an_error_on_one_rank_ends_all(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(

@@ -87,6 +87,7 @@ BAD = {  # {what is wrong: (fields that replace the good ones, what the line say
     "unknown field": ({"strategy": []}, "field 'strategy' is unknown; there are strategies,"),
     "no list": ({"strategies": "Ask"}, "field 'strategies' should be a list, not a string"),
     "one strategy": ({"strategies": ["Ask"]}, "'strategies' needs two or more different names"),
+    "a stop that is not read": ({"strategies": ["Ask", "Etc."]}, "stops at their ends"),
     "repeated": ({"strategies": ["Ask", "ask "]}, "'strategies' needs two or more different"),
     "brackets": ({"strategies": ["Ask", "[Tell]"]}, "without square brackets"),
     "number": ({"strategies": ["Ask", 7]}, "strategies: should be a string, not 7"),
@@ -242,6 +243,11 @@ def test_a_digest_is_of_what_the_module_reads(tmp_path, quiz):
         modules = ("sp", "rg", "vanilla", "annotate", "judge")
         differing = [each for each in modules if other.digest(each) != quiz.digest(each)]
         assert differing == readers[name]
+    # An annotator does not read whose fault an error is.
+    moved = {"dull": QUIZ["errors"]["dull"] | {"module": "rg"}}
+    other = read_domain(write(tmp_path, QUIZ | {"errors": QUIZ["errors"] | moved}))
+    assert other.faults("rg") == ("too long", "dull")
+    assert other.digest("annotate") == quiz.digest("annotate")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +261,8 @@ def test_a_digest_is_of_what_the_module_reads(tmp_path, quiz):
             "give --domain o.json",
         ),
         ({"task": "sp", "domain_digest": ESCONV.digest("sp")}, None, None),
-        ({"task": "sp", "domain_digest": ["odd"]}, None, "was made for another domain than ESConv"),
+        ({"task": "sp", "domain_digest": ["odd"]}, None, "domain than ESConv; make it again"),
+        ({"task": "sp", "strategies": "five.txt"}, None, "with --strategies, which --domain has"),
         ({"task": ["odd"]}, "quiz", None),
         ({}, "quiz", None),  # an adapter, or pairs, that others made
     ],

@@ -136,6 +136,18 @@ def test_a_fresh_adapter_changes_nothing(model, dtype):
     assert {p.dtype for n, p in model.named_parameters() if "adapters" in n} == {torch.float32}
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 0, 6), (2, 3, 6)])
+def test_inputs_may_have_any_shape(shape):
+    """As those of nn.Linear: y = W x + b + (alpha / r) B A x."""
+    layer = nn.Sequential(nn.Linear(6, 4))
+    add_adapter(layer, "a", rank=2, alpha=3)
+    adapter = layer[0].adapters["a"]
+    nn.init.normal_(adapter.B)
+    x = torch.randn(shape)
+    weight = layer[0].weight + 1.5 * adapter.B @ adapter.A
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer[0].bias))
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_an_adapter_that_is_off_changes_nothing(model, trained):
     base = logits(model)

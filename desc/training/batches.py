@@ -88,7 +88,7 @@ def deal(
     batches: list[tuple[list[Item], Forest]], ranks: int
 ) -> list[list[tuple[list[Item], Forest]]]:
     """Micro-batches -> each rank's hand: about as many nodes, and exactly as many forwards, because
-    ranks that share a model wait for each other.
+    ranks that share a model wait for each other, and because any other rank needs a gradient, too.
 
     A hand that is too small is filled up with forests of one node and no sequence, whose loss and
     gradient are zero."""

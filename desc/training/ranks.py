@@ -40,7 +40,7 @@ def join_ranks() -> torch.device:
 
 
 def has_joined() -> bool:
-    """Whether join_ranks found others, or torchrun started this process alone."""
+    """Whether torchrun started this process, alone or with others, and join_ranks was called."""
     return dist.is_initialized()
 
 
@@ -60,8 +60,8 @@ def gather_objects(part) -> list:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of each rank's `values`, in place, on every rank. Ranks wait for each other as long
-    as within a step."""
+    """The sum of each rank's `values`, in place, on every rank. A rank waits at most STEP for the
+    others."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values

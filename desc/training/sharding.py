@@ -52,9 +52,10 @@ def memory_of_rank(device: torch.device) -> float:
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give each rank the mean of all ranks' gradients, by one sum of a few MB. FSDP has done so
-    for its own already."""
-    if world_size() == 1 or isinstance(parameters[0], DTensor):
+    """Give each rank the mean of all ranks' gradients, by one sum (160 MB for rank 16 on all layers
+    of a 7B model). FSDP has done so for its own already. A layer that was not used has none."""
+    parameters = [p for p in parameters if p.grad is not None]  # the same on every rank
+    if world_size() == 1 or not parameters or isinstance(parameters[0], DTensor):
         return
     gradients = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(gradients)
