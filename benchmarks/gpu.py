@@ -1,4 +1,4 @@
-r"""What is worth measuring on a GPU, piece by piece, in the few minutes that one may be lent.
+r"""What is worth measuring on a GPU, piece by piece, in the few minutes that one may be at hand.
 
     python benchmarks/gpu.py                                    a model of Qwen2.5-7B's shape
     python benchmarks/gpu.py --pieces machine,sp.dialogue,sp.trl --seconds 240
