@@ -210,7 +210,7 @@ def measure_trl(config) -> None:
     items = encode_pairs(config, make_tokenizer(config), pairs)
     tokens = sum(len(s.prompt) + len(s.completion) for item in items for s in item.sequences)
 
-    def train(rows, batch_size) -> float:
+    def train(batch_size) -> float:
         lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
         model = peft.get_peft_model(base, lora)
         try:
@@ -224,9 +224,9 @@ def measure_trl(config) -> None:
             model.unload()
 
     def measure(batch_size) -> dict:
-        first = train(rows, batch_size)  # each new length loads kernels
+        first = train(batch_size)  # each new length loads kernels
         forget_peak()
-        seconds = train(rows, batch_size)
+        seconds = train(batch_size)
         held = memory()
         found = rates(config, base, len(rows), tokens, tokens, seconds)
         return found | {"memory": held, "first": first}
@@ -290,8 +290,8 @@ def run_tests(config) -> None:
     report(config, counts | {"status": tests.returncode, "last lines": lines[-40:]})
 
 
-def run_script(config, title: str, *command) -> bool:
-    """Report how a program ended. Returns whether all went well."""
+def run_script(config, title: str, *command) -> None:
+    """Report how a program ended."""
     begin = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
@@ -300,7 +300,6 @@ def run_script(config, title: str, *command) -> bool:
     if done.returncode:
         record |= {"error": last_line(done.stderr), "log": done.stderr.splitlines()[-15:]}
     report(config, record)
-    return done.returncode == 0
 
 
 def run_scripts(config) -> None:

@@ -24,14 +24,7 @@ from desc.storage.journal import read_metrics, work_key
 from desc.training.artefacts import save_artefact, serving_advice
 from desc.training.batches import all_batches
 from desc.training.ranks import gather_objects, on_any_rank, rank, sum_over_ranks, wait_for_all
-from desc.training.sharding import (
-    average_gradients,
-    copy_whole,
-    must_shard,
-    read_weights,
-    shard,
-    whole,
-)
+from desc.training.sharding import average_gradients, copy_whole, read_weights, shard, whole
 from desc.training.speed import compile_layers, recompute_activations
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state besides the number of the step
@@ -95,7 +88,7 @@ def begin(
     device: torch.device,
     reference: str = "",
 ) -> Run:
-    """Plan the batches, shard the model over ranks if it must be, and make AdamW for what is
+    """Plan the batches, shard the model over ranks if it is empty, and make AdamW for what is
     trainable.
 
     The run goes on from a checkpoint that an earlier one left in FOLDER/checkpoints, if it had the
@@ -106,7 +99,7 @@ def begin(
         compile_layers(model, device)
     if config.recompute:
         recompute_activations(model)
-    if must_shard(config, device):
+    if any(p.is_meta for p in model.parameters()):  # its ranks read it once it is sharded
         shard(model, device)
         read_weights(model)
         with one_line(f"model {config.model}"):
