@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 import transformers
 
-from desc import __version__, cli
+from desc import DescError, __version__, cli
 from desc.esconv import Dialogue, first, load_splits
 from desc.evaluation.figures import load_matplotlib
 from desc.evaluation.page import write_page
@@ -97,8 +97,10 @@ class EvalConfig(SampleConfig, AskConfig):
 
 
 def refuse_early(config: EvalConfig) -> None:
-    """Raises DescError if the run would fail at its end: matplotlib is missing, or ratings.csv
-    may hold what people wrote."""
+    """Raises DescError if flags do not go together, or if the run would fail at its end: matplotlib
+    is missing, or ratings.csv may hold what people wrote."""
+    if config.calibrate != "none" and config.decode == "free":
+        raise DescError("--calibrate needs --decode scored: what is written freely has no offsets")
     if config.report:
         load_matplotlib()
     if config.judge != "none":
@@ -179,7 +181,7 @@ def main():
 
     # Load the model, the annotator and the judge.
     model, tokenizer = cli.load_model(config, device)
-    loaded = load_systems(config, model, tokenizer, systems)
+    loaded = load_systems(config, model, tokenizer, systems, strategies)
     annotator = make_annotator(config, model, tokenizer, endpoint)
     judge = make_judge(config, model, tokenizer, endpoint)
 
@@ -202,7 +204,7 @@ def main():
             records[system.name] = answer_dialogue_as(
                 system, loaded, config, dialogue, domain, with_replies
             )
-        transcript = annotate_and_judge(annotator, judge, dialogue, records, domain)
+        transcript = annotate_and_judge(annotator, judge, dialogue, records)
         journal.append(
             {"key": key, "dialogue": dialogue.id, "systems": records, "judgements": transcript}
         )

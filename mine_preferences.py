@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from desc import DescError, cli
+from desc.calibration import read_calibration
 from desc.domain import Domain
 from desc.esconv import first, load_splits
 from desc.evaluation.tables import mining_table
@@ -108,6 +109,9 @@ def check_flags(config: MineConfig) -> None:
             "--review needs judged answers: give --annotator, and for sp another --routing than"
             " released"
         )
+    local_planner = config.sampler == "local" and (config.together or config.task != "rg")
+    if config.calibrate != "none" and not local_planner:
+        raise DescError("--calibrate needs a planner that answers here, with --sampler local")
     if config.review:
         refuse_edited(config.review_file)
 
@@ -128,7 +132,9 @@ def make_sampler(config: MineConfig, model, tokenizer, endpoint, modules, domain
             cli.use_adapter(config, model, adapter_folder(config, module), module, otherwise)
         else:  # one's own data: a step that failed should not go unnoticed
             cli.use_adapter(config, model, adapter_folder(config, module), module)
-    return LocalSampler(model, tokenizer, config, domain)
+    planner_folder = adapter_folder(config, modules[0])
+    calibration = read_calibration(planner_folder, config, domain.strategies)
+    return LocalSampler(model, tokenizer, config, domain, calibration)
 
 
 def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:

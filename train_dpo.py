@@ -48,7 +48,7 @@ from desc.training.run import (
     seed_dropout,
 )
 from desc.training.sharding import must_shard
-from desc.training.validation import PlannedTurns, planned_turns, planner_scores
+from desc.training.validation import planned_turns, planner_logps, planner_scores
 from desc.tree import Forest, send
 
 BETA = {"sp": 0.5, "rg": 0.2, "vanilla": 0.2}
@@ -181,14 +181,9 @@ def sum_metrics(losses, chosen, rejected, policy) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(
-    model,
-    config: DPOConfig,
-    micro_batches,
-    known: dict[str, list[float]],
-    turns: PlannedTurns | None,
+    model, config: DPOConfig, micro_batches, known: dict[str, list[float]]
 ) -> dict[str, float]:
-    """METRICS on validation pairs; if the module plans, its exact scores on validation dialogues,
-    too."""
+    """METRICS on validation pairs."""
     model.eval()
     sums, count = torch.zeros(len(METRICS), device=model.device), 0
     for members, forest in micro_batches:
@@ -200,10 +195,7 @@ def validate(
         sums += sum_metrics(losses, chosen, rejected, policy)
         count += len(members)
     means = sum_over_ranks(sums).cpu() / sum_over_ranks(torch.tensor(count))
-    scores = {f"valid/{name}": value for name, value in zip(METRICS, means.tolist())}
-    if turns:
-        scores |= planner_scores(model, config, turns)
-    return scores
+    return {f"valid/{name}": value for name, value in zip(METRICS, means.tolist())}
 
 
 def main():
@@ -214,7 +206,6 @@ def main():
     source = find_pairs(config)
     domain = config.read_domain()
     splits = load_splits(config.data, config.split_file, domain.strategies, config.seed)
-    valid_dialogues = first(splits["valid"], config.eval_dialogues)
     pairs = read_pairs(source / "pairs.jsonl", config.task)
     valid_pairs = first(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
     empty = config.estimate > 0 or must_shard(config, device)
@@ -236,7 +227,7 @@ def main():
     valid_items = drop_equal(
         encode_all(encode, valid_pairs, "validation pairs"), "validation pairs"
     )
-    turns = planned_turns(tokenizer, config, valid_dialogues, domain)
+    turns = planned_turns(tokenizer, config, splits, domain)
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:
@@ -253,9 +244,13 @@ def main():
     def check() -> None:
         """Validate, and keep the best. A planner is judged by the likelihood of the human strategy,
         which over-correction harms (docs/tour.md)."""
-        scores = validate(model, config, valid_micro_batches, valid_known, turns)
+        scores, planned = validate(model, config, valid_micro_batches, valid_known), []
+        if turns:
+            logps = planner_logps(model, config, turns)
+            scores |= planner_scores(logps, turns)
+            planned = turns.records(logps)
         score = scores["valid/nll" if config.task == "sp" else "valid/loss"]
-        keep_best(run, model, config, scores, score)
+        keep_best(run, model, config, scores, score, planned)
 
     if run.step == 0:
         check()

@@ -39,7 +39,7 @@ from desc.training.run import (
     seed_dropout,
 )
 from desc.training.sharding import must_shard
-from desc.training.validation import PlannedTurns, planned_turns, planner_scores
+from desc.training.validation import planned_turns, planner_logps, planner_scores
 
 
 @dataclass
@@ -100,18 +100,13 @@ def count_tokens(items: list[Item]) -> int:
 
 
 @torch.no_grad()
-def validate(
-    model, config: SFTConfig, items: list[Item], turns: PlannedTurns | None
-) -> dict[str, float]:
-    """The loss per token on validation turns; if the module plans, its exact scores, too."""
+def validate(model, config: SFTConfig, items: list[Item]) -> dict[str, float]:
+    """The loss per token on validation turns."""
     model.eval()
     total, tokens = torch.zeros((), device=model.device), count_tokens(items)
     for _, forest in my_micro_batches(items, config.share, config.max_tokens, model.device):
         total += sft_loss(sequence_logps(model, forest), tokens)
-    scores = {"valid/loss": float(sum_over_ranks(total))}
-    if turns:
-        scores |= planner_scores(model, config, turns)
-    return scores
+    return {"valid/loss": float(sum_over_ranks(total))}
 
 
 def main():
@@ -120,7 +115,6 @@ def main():
     cli.resolve_auto(config, device, checkpoint_settings(folder / "checkpoints"))
     domain = config.read_domain()
     splits = load_splits(config.data, config.split_file, domain.strategies, config.seed)
-    valid_dialogues = first(splits["valid"], config.eval_dialogues)
     examples, valid_examples = find_examples(config, splits, domain)
     empty = config.estimate > 0 or must_shard(config, device)
     model, tokenizer = cli.load_model(config, device, empty)
@@ -137,7 +131,7 @@ def main():
         return
     items = encode_all(encode, examples, "turns")
     valid_items = encode_all(encode, valid_examples, "validation turns")
-    turns = planned_turns(tokenizer, config, valid_dialogues, domain)
+    turns = planned_turns(tokenizer, config, splits, domain)
     torch.manual_seed(config.seed)
     add_adapter(model, "sft", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:
@@ -160,8 +154,12 @@ def main():
         sums = {"loss": total, "nodes": nodes, "turns_cut": turns_cut}
         clip_and_step(run, config, sums, f"turns {batch[0].id} … {batch[-1].id}")
         if is_due(run, config.eval_every) or run.step == len(run.batches):
-            scores = validate(model, config, valid_items, turns)
-            keep_best(run, model, config, scores, scores["valid/loss"])
+            scores, planned = validate(model, config, valid_items), []
+            if turns:
+                logps = planner_logps(model, config, turns)
+                scores |= planner_scores(logps, turns)
+                planned = turns.records(logps)
+            keep_best(run, model, config, scores, scores["valid/loss"], planned)
         save_checkpoint_if_due(run, config.save_every)
     finish(run, model, config)
 

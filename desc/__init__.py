@@ -21,6 +21,7 @@ The method, in reading order; each file imports only those above it
     pairs         preference pairs, and the files that hold them
     mining        answer, annotate, route: from errors to preference pairs
     metrics       preference bias B, Q, and intervals
+    calibration   a planner's offsets, with which it uses strategies as often as people do
 
 The wings; they import the method, never the reverse
     training/     batches, the run and its optimizer, validation, ranks, sharding, the memory

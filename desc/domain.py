@@ -15,8 +15,10 @@ from desc.storage.journal import work_key
 
 RUBRICS = ("fluency", "professionalism", "empathy", "helpfulness")
 NO_ERROR = "none"
+UNREADABLE = "unreadable"  # what an annotator behind an endpoint wrote could not be read
+UNJUDGED = "unjudged"  # no annotator was asked
 # Words that stand for something else where an error's name stands.
-NO_NAMES = (NO_ERROR, "unreadable", "unjudged")
+NO_NAMES = (NO_ERROR, UNREADABLE, UNJUDGED)
 # What each module reads of a domain. All of it is in the digest that is saved with the module.
 READ_BY = {
     "sp": ("strategies", "speakers", "planner"),
@@ -26,7 +28,10 @@ READ_BY = {
     "judge": ("speakers", "judge"),
 }
 # What is filled in, in an instruction.
-FILLED_IN = {"planner": "{names}", "responder": None, "annotator": "{errors}"}
+FILLED_IN = {"planner": "{names}", "responder": None, "annotator": "{errors}", "guide": None}
+# Characters that join letters of Persian or Hindi, and parts of emoji, or keep them apart. They are
+# invisible, so they may only follow another character, and may not end a text.
+JOINER = re.compile(r"(?<=\S)[\u200c\u200d](?=.)")
 
 
 class Strategies(tuple[str, ...]):
@@ -95,7 +100,7 @@ class Domain:
 
 def read_domain(path: str | Path | None) -> Domain:
     """The domain in a JSON file; ESConv's if `path` is None, whose file shows all fields. An
-    instruction is a string, or a list of lines.
+    instruction, such as the judge's guide, is a string, or a list of lines.
 
     Raises DescError if the file cannot be read, if a field is missing or unknown, or if one cannot
     be used, naming it."""
@@ -130,7 +135,7 @@ def read_name(value, where: str) -> str:
     if not isinstance(value, str):
         raise DescError(f"{where}: should be a string, not {describe(value)}")
     name = " ".join(value.split())
-    if not name or not name.isprintable():
+    if not name or not JOINER.sub("", name).isprintable():
         problem = "holds characters that cannot be shown" if name else "is empty"
         raise DescError(f"{where}: a text {problem}")
     return name
@@ -210,7 +215,7 @@ def read_judge(record, where: str) -> dict:
     """The field "judge": the judge's guide, and what it is asked about each of RUBRICS."""
     texts, place = read_field(record, "judge", dict, where), f"{where}: judge"
     refuse_unknown(texts, ["guide", *RUBRICS], place)
-    judge = {"guide": read_name(texts.get("guide", ""), f"{place}: guide")}
+    judge = {"guide": read_instruction(texts, "guide", place)}
     for rubric in RUBRICS:
         asked = read_field(texts, rubric, dict, place)
         refuse_unknown(asked, ["asks", "scale"], f"{place}: {rubric}")

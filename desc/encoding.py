@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from desc import DescError
-from desc.domain import ESCONV
 from desc.prompts import Example, Messages, drop_oldest
 from desc.templates import control_tokens, defuse, form_of, render
 
@@ -80,14 +79,14 @@ def encode(
     messages: Messages,
     completions: list[str],
     max_length: int,
+    speakers: tuple[str, str],
     end: bool = True,
-    speakers: tuple[str, str] = ESCONV.speakers,
 ) -> Item:
     """Tokenise one prompt with each of its completions, dropping the oldest exchanges until all fit
     in `max_length` tokens.
 
-    `end=False` leaves the end-of-turn token out, because the completion goes on (the tag of
-    "[strategy] reply"). `speakers` are the domain's, by which a flattened history is cut. Raises
+    `speakers` are the domain's, by which a flattened history is cut. `end=False` leaves the
+    end-of-turn token out, because the completion goes on (the tag of "[strategy] reply"). Raises
     DescError, with `name` before it, if the system message, the latest turn and the completion
     alone are too long, or if the chat template cannot render the messages."""
     tails = [encode_completion(tokenizer, text, end) for text in completions]
@@ -104,9 +103,7 @@ def encode(
     return Item(name, dialogue, [TokenSequence(prompt, tail) for tail in tails], cut)
 
 
-def encode_example(
-    tokenizer, example: Example, max_length: int, speakers: tuple[str, str] = ESCONV.speakers
-) -> Item:
+def encode_example(tokenizer, example: Example, max_length: int, speakers: tuple[str, str]) -> Item:
     """One supporter turn with the human answer, for SFT. `speakers` as in encode."""
     return encode(
         tokenizer,
@@ -115,7 +112,7 @@ def encode_example(
         example.messages,
         [example.completion],
         max_length,
-        speakers=speakers,
+        speakers,
     )
 
 

@@ -51,6 +51,11 @@ def first(dialogues: list, count: int) -> list:
     return dialogues[:count] if count else dialogues
 
 
+def gold_strategies(dialogues: list[Dialogue]) -> list[str]:
+    """People's strategy at every supporter turn, dialogue after dialogue."""
+    return [turn.strategy for dialogue in dialogues for turn in dialogue.supporter_turns()]
+
+
 def flatten(
     turns: Iterable[Turn], speakers: tuple[str, str], render: Callable[[str], str] = str
 ) -> str:

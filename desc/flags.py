@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from desc import DescError
+from desc.calibration import WAYS
 from desc.domain import Domain, read_domain
 from desc.prompts import STRATEGY_PLACES, TASKS
 from desc.tree import SHARING
@@ -121,6 +122,12 @@ class SampleConfig(Config):
         at_most=1,
     )
     max_new_tokens: int = flag(128, "the longest reply", at_least=1, at_most=65_536)
+    calibrate: Literal[("none", *WAYS)] = flag(
+        "none",
+        "shift a planner's log-probabilities by what is fitted on the validation turns beside its"
+        " adapter: until it is sampled as often as people use each strategy (frequencies),"
+        " until people's are likeliest (likelihood), or by how frequent each one is (prior)",
+    )
 
 
 @dataclass

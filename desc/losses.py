@@ -1,4 +1,4 @@
-"""The losses: pure functions of log-probabilities."""
+"""The losses: pure functions of log-probabilities; and what DPO of self-mined pairs aims at."""
 
 import torch
 import torch.nn.functional as F
@@ -34,3 +34,74 @@ def dpo_loss(
         -margins
     )
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def self_mined_optimum(
+    people: torch.Tensor, reference: torch.Tensor, beta: float, temperature: float = 1.0
+) -> torch.Tensor:
+    """What DPO aims at if chosen answers are people's, drawn from p, and rejected answers are the
+    reference's own, drawn from q at `temperature` T. All (…, K), probabilities of K answers:
+
+        π* ∝ q^(1 − 1/(βT)) · p^(1/β)
+
+    Why: of answers a and b, p(a) q_T(b) is how often a is chosen over b, with q_T ∝ q^(1/T). The
+    loss is least where σ(r(a) − r(b)) is a's share of p(a) q_T(b) + p(b) q_T(a), so r = log p −
+    log q_T + constant. And r = β log(π/q). At T = 1 it is what Chen et al. 2024 (SPIN, section 5)
+    find for the logistic loss, with λ for β."""
+    log_p, log_q = people.log(), reference.log()
+    return ((1 - 1 / (beta * temperature)) * log_q + log_p / beta).softmax(-1)
+
+
+def ipo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Identity preference optimisation (Azar et al. 2023, equation 17): (h − 1 / (2 beta))², h =
+    log(π/π_ref)(y_w) − log(π/π_ref)(y_l), with beta for their τ.
+
+    Shapes and rewards as in dpo_loss. Log-probabilities are means over a completion's tokens, as
+    its authors ask (trl#1265), so that long answers are not drawn to the same h as short ones."""
+    chosen = policy_chosen_logps - reference_chosen_logps
+    rejected = policy_rejected_logps - reference_rejected_logps
+    losses = (chosen - rejected - 1 / (2 * beta)) ** 2
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def simpo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    beta: float,
+    margin: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Simple preference optimisation (Meng et al. 2024, equation 6): − log σ(r_w − r_l − margin),
+    r = beta log π(y|x) / |y|. There is no reference.
+
+    Shapes and rewards as in dpo_loss. Log-probabilities are means over a completion's tokens, and
+    `margin` is their γ."""
+    chosen_rewards, rejected_rewards = beta * policy_chosen_logps, beta * policy_rejected_logps
+    losses = -F.logsigmoid(chosen_rewards - rejected_rewards - margin)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def kto_loss(
+    policy_logps: torch.Tensor,
+    reference_logps: torch.Tensor,
+    desirable: torch.Tensor,
+    drift: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, equation 8), of answers that are
+    desirable or not, without pairs: 1 − σ(r − z) or 1 − σ(z − r), r = beta log(π/π_ref), z = beta
+    max(0, drift).
+
+    Log-probabilities (B,) are sums, `desirable` (B,) is bool. `drift`, a scalar, estimates the
+    KL divergence of the policy from its reference: the mean of log(π/π_ref) over answers to other
+    prompts. It carries no gradient. Returns (losses (B,), detached rewards (B,)). Both kinds weigh
+    the same (their λ is 1)."""
+    rewards = beta * (policy_logps - reference_logps)
+    above = rewards - beta * drift.detach().clamp(min=0)
+    losses = 1 - torch.where(desirable, above, -above).sigmoid()
+    return losses, rewards.detach()

@@ -40,7 +40,17 @@ def preference_bias(
     gold: Sequence[str], predicted: Sequence[str], strategies: Strategies = ESCONV.strategies
 ) -> PreferenceBias:
     """Kang et al. 2024: a Bradley-Terry strength for each strategy. A turn predicted i whose gold
-    is j is a win of i over j."""
+    is j is a win of i over j.
+
+    B is 0 exactly if each strategy is predicted as often as it is gold, whichever turns those are.
+    For at the maximum of the likelihood each strategy has as many wins as its strength lets expect:
+
+        Σ_{j≠i} w_ij = Σ_{j≠i} (w_ij + w_ji) p_i / (p_i + p_j)
+
+    With p = 1 for all this reads Σ_{j≠i} w_ij = Σ_{j≠i} w_ji. Both sides lack the hits w_ii, so it
+    says: predicted i as often as gold i. (Unique if every two strategies are linked by errors in
+    both directions, Ford 1957.) So B does not see whether a planner understands the context; Q,
+    accuracy and nll do."""
     return bias_of_confusion(confusion(gold, predicted, strategies))
 
 

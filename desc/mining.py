@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from desc.domain import NO_ERROR, Domain
+from desc.domain import NO_ERROR, UNJUDGED, UNREADABLE, Domain
 from desc.esconv import Dialogue, Turn
 from desc.pairs import Pair
 from desc.prompts import build_completion, build_messages
 
 MISMATCH = "strategy mismatch"  # as released: another strategy than the human's
 TEMPLATE = "template response"
-UNREADABLE = "unreadable"  # what an endpoint wrote could not be read
 ROUTINGS = ("released", "paper", "all-to-rg")
 
 
@@ -127,7 +126,7 @@ def find_error(
     released   sp: the strategy differs from the human's.
                rg, vanilla: the annotator finds fault with the answer, and none with the human's.
                Without an annotator any reply that differs from the human's is taken to be worse
-               ("unjudged").
+               (UNJUDGED).
     paper      The annotator decides. The domain says whose fault an error is: in ESConv's a
                strategy mismatch is the planner's, and the errors of replies are the generator's.
     all-to-rg  The ablation: the planner's errors are the generator's fault, too."""
@@ -138,7 +137,7 @@ def find_error(
         return None, "the human answer"
     if routing == "released" and (task == "sp" or answer.judged is None):
         other_strategy = task != "rg" and answer.strategy != gold.strategy
-        return (MISMATCH if other_strategy else "unjudged"), ""
+        return (MISMATCH if other_strategy else UNJUDGED), ""
     if answer.judged is None:
         return None, "empty or unreadable answer"
     error = answer.judged.error

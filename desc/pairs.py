@@ -5,7 +5,6 @@ from itertools import takewhile
 from pathlib import Path
 
 from desc import DescError
-from desc.domain import ESCONV
 from desc.encoding import Item, encode
 from desc.prompts import Messages
 from desc.storage.files import describe, read_field, read_lines
@@ -36,14 +35,10 @@ class Pair:
         return asdict(self) | answers
 
 
-def encode_pair(
-    tokenizer, pair: Pair, max_length: int, speakers: tuple[str, str] = ESCONV.speakers
-) -> Item:
+def encode_pair(tokenizer, pair: Pair, max_length: int, speakers: tuple[str, str]) -> Item:
     """The chosen and the rejected answer to one prompt, for DPO. `speakers` as in encode."""
     answers = [pair.chosen, pair.rejected]
-    return encode(
-        tokenizer, pair.id, pair.dialogue, pair.prompt, answers, max_length, speakers=speakers
-    )
+    return encode(tokenizer, pair.id, pair.dialogue, pair.prompt, answers, max_length, speakers)
 
 
 def read_pairs(path: Path, task: str) -> list[Pair]:

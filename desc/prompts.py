@@ -116,7 +116,7 @@ def build_examples(
     return examples
 
 
-def drop_oldest(messages: Messages, speakers: tuple[str, str] = ESCONV.speakers) -> Messages | None:
+def drop_oldest(messages: Messages, speakers: tuple[str, str]) -> Messages | None:
     """The messages without their oldest exchange. None if there is no exchange to drop. `speakers`
     are the names in a flattened history.
 

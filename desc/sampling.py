@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
-from desc.domain import ESCONV, Domain, Strategies
+from desc.domain import Domain, Strategies
 from desc.encoding import Item, TokenSequence, decode, encode
 from desc.esconv import Dialogue
 from desc.forward import forward, sequence_logps, tree_mask
@@ -42,7 +42,7 @@ def strategy_items(
             messages = build_messages(task, dialogue, turn, domain=domain)
             name = f"{dialogue.id}/{turn}"
             item = encode(
-                tokenizer, name, dialogue.id, messages, texts, max_length, end, domain.speakers
+                tokenizer, name, dialogue.id, messages, texts, max_length, domain.speakers, end
             )
             items.append(item)
     return items
@@ -53,7 +53,7 @@ def score_strategies(
     tokenizer,
     task: str,
     dialogues: list[Dialogue],
-    domain: Domain = ESCONV,
+    domain: Domain,
     max_length: int = 2048,
     max_tokens: int = 2048,
 ) -> torch.Tensor:
@@ -136,7 +136,9 @@ def write_dialogue(
         messages = build_messages(task, dialogue, turn, strategy, domain, config.strategy_at)
         tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
         name = f"{dialogue.id}/{turn}"
-        item = encode(tokenizer, name, dialogue.id, messages, [tag], room, False, domain.speakers)
+        item = encode(
+            tokenizer, name, dialogue.id, messages, [tag], room, domain.speakers, end=False
+        )
         prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
     seed = seed_of(config.seed, "write", dialogue.id)
     written = generate(model, prompts, config, seed)
@@ -213,12 +215,15 @@ class LocalSampler:
     tokenizer: object
     config: object  # desc.flags' SampleConfig and DataConfig in one
     domain: Domain
+    calibration: object | None = None  # of the planner: a desc.calibration.Calibration
 
     def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
         config = self.config
         with adapter_only(self.model, task):
             items = strategy_items(self.tokenizer, task, [dialogue], self.domain, config.max_length)
             logps = score(self.model, items, config.max_tokens)
+        if self.calibration:
+            logps = self.calibration.apply(logps)
         return draw_strategies(logps[turns], config, dialogue, self.domain.strategies)
 
     def write(

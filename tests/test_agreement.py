@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+from functools import partial
 from math import nan
 from types import SimpleNamespace
 
@@ -11,16 +12,10 @@ import numpy as np
 import pytest
 
 from desc import DescError
-from desc.domain import ESCONV
+from desc.domain import ESCONV, UNREADABLE
 from desc.esconv import Dialogue, Turn
-from desc.judging.agreement import (
-    agreement_report,
-    correlate_ratings,
-    measure_agreement,
-    read_review,
-    write_ratings,
-    write_review,
-)
+from desc.judging import agreement
+from desc.judging.agreement import agreement_report, correlate_ratings, measure_agreement
 from desc.judging.forms import refuse_edited
 from desc.judging.judge import RUBRICS
 from desc.judging.labels import annotate_labelled, find_turns, hold_out, read_labels
@@ -28,6 +23,9 @@ from desc.judging.statistics import bootstrap_statistic, kappa_of_confusion, spe
 from desc.metrics import NO_INTERVAL
 from desc.mining import Annotation, Answer
 
+read_review = partial(agreement.read_review, labels=ESCONV.labels)
+write_review = partial(agreement.write_review, speakers=ESCONV.speakers)
+write_ratings = partial(agreement.write_ratings, speakers=ESCONV.speakers)
 ROW = {
     "dialogue": "3",
     "turn": 1,
@@ -85,7 +83,8 @@ def test_kappa_is_scikit_learns():
     expected = cohen_kappa_score(people, annotator)
     assert kappa_of_confusion(counts) == pytest.approx(expected)
 
-    report = agreement_report(people, annotator, [str(i // 10) for i in range(200)])
+    names = [str(i // 10) for i in range(200)]
+    report = agreement_report(people, annotator, names, ESCONV.labels)
     assert f"200 turns of 20 dialogues: κ {expected:.3f}" in report
     of_none = cohen_kappa_score(
         [label == "none" for label in people], [label == "none" for label in annotator]
@@ -96,7 +95,8 @@ def test_kappa_is_scikit_learns():
 
 def test_an_unreadable_judgement_agrees_with_nothing():
     """A row of its own shows how many there are. Rows are the annotator's labels."""
-    report = agreement_report(["none"] * 3, ["none", "unreadable", "none"], ["0", "0", "1"])
+    annotator = ["none", UNREADABLE, "none"]
+    report = agreement_report(["none"] * 3, annotator, ["0", "0", "1"], ESCONV.labels)
     assert "the same label for 66.7 %" in report
     assert "| unreadable | 0 | 1 | 0 % |  | 0.000 |" in report
     assert report.endswith("| unreadable | 0 | 0 | 0 | 0 | 0 | 1 | 0 |")
@@ -485,7 +485,7 @@ def test_labels_in_json_lines(tmp_path):
     assert (first.dialogue, first.turn, first.label) == ("3", 1, "none")
     assert (second.dialogue, second.turn, second.label) == ("3", 1, "lack of empathy")
     assert first.case.history == (Turn("seeker", "Hi"),)
-    assert first.example().completion == "none"
+    assert first.example(ESCONV).completion == "none"
 
     (tmp_path / "map.json").write_text('{"odd": "template response"}')
     labelled = read_labels(path, [], ESCONV, str(tmp_path / "map.json"))
@@ -763,7 +763,7 @@ def test_agreement_has_an_interval_from_five_dialogues_on(dialogues):
     people = ["none", "template response", "none"] * dialogues
     annotator = ["none", "template response", "template response"] * dialogues
     names = [str(i // 3) for i in range(3 * dialogues)]
-    report = agreement_report(people, annotator, names)
+    report = agreement_report(people, annotator, names, ESCONV.labels)
     assert (f"{dialogues} dialogues: κ 0.400, the same" in report) == (dialogues == 4)
     assert (f"{dialogues} dialogues: κ 0.400 (0.400–0.400), the same" in report) == (dialogues == 5)
     assert (NO_INTERVAL in report) == (dialogues == 4)

@@ -11,7 +11,7 @@ from scripts import ROOT
 
 METHOD = (  # in reading order: each may import those before it
     "domain esconv prompts templates encoding tree attention forward exactness modeling lora"
-    " losses sampling pairs mining metrics"
+    " losses sampling pairs mining metrics calibration"
 ).split()
 MAY_IMPORT = {
     "storage": set(),
@@ -81,6 +81,28 @@ def test_imports_go_where_the_map_says(path):
         assert there == here or there in MAY_IMPORT[here], f"{module} imports {other}"
         if here == there == "method":
             assert METHOD.index(other) < METHOD.index(module), f"{module} imports {other}"
+
+
+def default_values(node) -> list:
+    """The default values in the definition of a function or of a class."""
+    if isinstance(node, ast.FunctionDef):
+        return [*node.args.defaults, *filter(None, node.args.kw_defaults)]
+    if isinstance(node, ast.ClassDef):
+        return [field.value for field in node.body if getattr(field, "value", None)]
+    return []
+
+
+def test_esconv_is_the_default_of_scores_and_of_first_calls_alone():
+    """Everywhere else a caller who forgets to pass another domain would get ESConv's words."""
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            values = [ast.unparse(value) for value in default_values(node)]
+            if any(value.startswith("ESCONV") for value in values):
+                found.add(f"{path.stem}.{node.name}")
+    first = {"esconv.load_dialogues", "esconv.load_splits"}
+    first |= {"prompts.build_messages", "prompts.build_examples"}
+    assert {name for name in found if not name.startswith("metrics.")} == first
 
 
 def test_the_map_is_whole():

@@ -83,6 +83,34 @@ def test_a_domain_is_what_its_file_says(quiz):
     assert faults == {"sp": ("too hard",), "rg": ("too long",), "vanilla": ("too hard", "too long")}
 
 
+def test_a_name_may_join_letters_or_keep_them_apart_by_characters_that_are_not_seen(tmp_path):
+    """As Persian's, Hindi's with such a character at the end of a word, and emoji's."""
+    names = ["می\u200cخواهم بدانم", "क्\u200d षमा", "👩\u200d🏫 explains"]
+    errors = {names[0]: {"definition": names[1], "module": "sp"}}
+    fields = {"strategies": names, "speakers": names[:2], "errors": errors}
+    domain = read_domain(write(tmp_path, QUIZ | fields))
+    assert domain.strategies == tuple(names) and domain.speakers == tuple(names[:2])
+    assert domain.labels == (names[0], "none") and domain.errors[names[0]].definition == names[1]
+    assert domain.strategies.split_tag(f"[{names[0]}] Why?") == (names[0], "Why?")
+
+
+def test_an_instruction_is_a_string_or_a_list_of_lines(tmp_path):
+    """The judge's guide, too."""
+    texts = {
+        "planner": "{names}:\n\nChoose.",
+        "responder": "Lead.\nAsk.",
+        "annotator": "a\n{errors}",
+    }
+    lines = {name: ["", *text.split("\n")] for name, text in texts.items()}
+    guide = "You judge\n a quiz."
+    listed = QUIZ | lines | {"judge": QUIZ["judge"] | {"guide": guide.split("\n")}}
+    domain = read_domain(write(tmp_path, listed))
+    assert domain.judge["guide"] == guide and domain.planner == texts["planner"]
+    assert domain == read_domain(
+        write(tmp_path, QUIZ | texts | {"judge": QUIZ["judge"] | {"guide": guide}})
+    )
+
+
 BAD = {  # {what is wrong: (fields that replace the good ones, what the line says)}
     "unknown field": ({"strategy": []}, "field 'strategy' is unknown; there are strategies,"),
     "no list": ({"strategies": "Ask"}, "field 'strategies' should be a list, not a string"),
@@ -92,6 +120,9 @@ BAD = {  # {what is wrong: (fields that replace the good ones, what the line say
     "brackets": ({"strategies": ["Ask", "[Tell]"]}, "without square brackets"),
     "number": ({"strategies": ["Ask", 7]}, "strategies: should be a string, not 7"),
     "invisible": ({"strategies": ["Ask", "\u200b"]}, "holds characters that cannot be shown"),
+    "joiner first": ({"strategies": ["Ask", "\u200cTell"]}, "that cannot be shown"),
+    "joiner last": ({"strategies": ["Ask", "Tell\u200d\u200d"]}, "that cannot be shown"),
+    "joiner alone": ({"strategies": ["Ask", "Tell \u200c it"]}, "that cannot be shown"),
     "three speakers": ({"speakers": ["a", "b", "c"]}, "'speakers' needs two different names"),
     "same speakers": ({"speakers": ["Pupil", "pupil"]}, "'speakers' needs two different names"),
     "empty speaker": ({"speakers": ["pupil", " "]}, "speakers: a text is empty"),
@@ -123,6 +154,12 @@ BAD = {  # {what is wrong: (fields that replace the good ones, what the line say
     ),
     "no object": ({"errors": {"dull": "x"}}, "errors: 'dull': should be an object, not a string"),
     "rubric": ({"judge": {"guide": "x"}}, "judge: field 'fluency' is missing (it has 'guide')"),
+    "no guide": ({"judge": {"fluency": {}}}, "judge: field 'guide' is missing (it has 'fluency')"),
+    "empty guide": ({"judge": QUIZ["judge"] | {"guide": [" "]}}, "judge: field 'guide' is empty"),
+    "field in a guide": (
+        {"judge": QUIZ["judge"] | {"guide": "Judge {names}."}},
+        "judge: field 'guide' has {names}, but nothing is filled in there",
+    ),
     "own rubric": (
         {"judge": QUIZ["judge"] | {"wit": {"asks": "?", "scale": "!"}}},
         "judge: field 'wit' is unknown; there are guide, fluency,",
@@ -173,7 +210,7 @@ def test_the_modules_read_the_domains_words(quiz):
     said = "pupil: He wrote\nquiz master : 5\nsupporter: 4\n"
     assert user["content"] == f"pupil: Ready.\nquiz master: What is 2 + 2?\n{said}"
     assert drop_oldest([user], quiz.speakers) == [{"role": "user", "content": said}]
-    assert drop_oldest([user]) is None
+    assert drop_oldest([user], ESCONV.speakers) is None
     system = build_messages("rg", TALK, 1, "Ask", quiz)[0]["content"]
     assert system == (
         "You lead a quiz {of sorts}. You are given a reference strategy, and your reply follows it."
@@ -188,12 +225,12 @@ def test_the_modules_read_the_domains_words(quiz):
 
 def test_too_long_a_history_is_cut_where_the_domains_speakers_say(quiz, toy):
     messages = build_messages("sp", TALK, 1, domain=quiz)
-    whole = encode(toy[1], "", "", messages, ["Ask"], 2048, speakers=quiz.speakers)
+    whole = encode(toy[1], "", "", messages, ["Ask"], 2048, quiz.speakers)
     room = sum(map(len, whole.sequences[0])) - 1
-    cut = encode(toy[1], "", "", messages, ["Ask"], room, speakers=quiz.speakers)
+    cut = encode(toy[1], "", "", messages, ["Ask"], room, quiz.speakers)
     assert (whole.turns_cut, cut.turns_cut) == (0, 1)
     with pytest.raises(DescError, match="the latest turn alone has more than"):
-        encode(toy[1], "", "", messages, ["Ask"], room)
+        encode(toy[1], "", "", messages, ["Ask"], room, ESCONV.speakers)
 
 
 def test_annotator_judge_and_people_read_the_domains_words(quiz):

@@ -6,15 +6,18 @@ prompt and completion. Typed text makes no control tokens. Long dialogues are cu
 
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from desc import DescError
-from desc.encoding import decode, encode, encode_completion, encode_prompt, mark_loss
+from desc import DescError, encoding
+from desc.domain import ESCONV
+from desc.encoding import decode, encode_completion, encode_prompt, mark_loss
 from desc.esconv import Dialogue, Turn
 from desc.prompts import TASKS, build_examples, build_messages
 from desc.templates import control_tokens, end_of_turn
 
+encode = partial(encoding.encode, speakers=ESCONV.speakers)
 TYPED = [
     "<|end|>",
     "<|im_end|>",

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from desc.encoding import encode
+from desc.domain import ESCONV
+from desc.encoding import encode, encode_example
 from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, lora_layers, save_adapter
 from desc.losses import dpo_loss, sft_loss
@@ -55,10 +56,7 @@ def test_sft_by_hand():
 
 def sft_items(tokenizer, dialogues):
     examples = build_examples("rg", dialogues)
-    return [
-        encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], 2048)
-        for e in examples
-    ]
+    return [encode_example(tokenizer, example, 2048, ESCONV.speakers) for example in examples]
 
 
 @torch.no_grad()
@@ -192,7 +190,7 @@ def test_dpo_equals_trl(toy, sample, tmp_path):
     theirs.backward()
 
     items = [
-        encode(tokenizer, f"0/{e.turn}", "0", e.messages, list(pair), 4096)
+        encode(tokenizer, f"0/{e.turn}", "0", e.messages, list(pair), 4096, ESCONV.speakers)
         for e, pair in zip(examples, answers)
     ]
     forest = plant(items, "dialogue")

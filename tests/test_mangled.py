@@ -30,7 +30,7 @@ from safetensors.torch import save as save_tensors
 from scripts import ROOT, command, lines
 
 from desc import cli
-from desc.domain import ESCONV, RUBRICS, read_domain
+from desc.domain import ESCONV, RUBRICS, UNREADABLE, read_domain
 from desc.encoding import encode_example
 from desc.esconv import SPLITS, load_dialogues, load_splits
 from desc.flags import Config, SampleConfig
@@ -41,7 +41,7 @@ from desc.judging.judge import DIGITS, EndpointJudge, build_judge_messages
 from desc.judging.labels import annotate_labelled, balance, read_labels
 from desc.judging.sampler import EndpointSampler
 from desc.lora import add_adapter, export_adapters, lora_layers, save_adapter
-from desc.mining import UNREADABLE, Annotation, Answer, Case
+from desc.mining import Annotation, Answer, Case
 from desc.modeling import load
 from desc.pairs import encode_pair, read_pairs
 from desc.prompts import build_examples
@@ -351,7 +351,7 @@ def check_dialogues(dialogues, domain, tokenizer) -> None:
     for task in ("sp", "rg", "vanilla"):
         for example in build_examples(task, dialogues[:1], domain)[:1]:
             if len(example.completion) < 10_000:
-                assert encode_example(tokenizer, example, 1_000_000).sequences
+                assert encode_example(tokenizer, example, 1_000_000, domain.speakers).sequences
 
 
 def dialogue_files(tools):
@@ -415,7 +415,7 @@ def pair_files(tools):
                 for message in pair.prompt:
                     assert list(message) == ["role", "content"] and is_text(message["content"])
                 if len(str(pair.record())) < 30_000:
-                    assert encode_pair(tools.toy[1], pair, 1_000_000).sequences
+                    assert encode_pair(tools.toy[1], pair, 1_000_000, ESCONV.speakers).sequences
 
     return Kind(data, use)
 
@@ -453,7 +453,8 @@ def label_files(tools):
                 assert turn.case.history and all(is_text(each.text) for each in turn.case.history)
             annotate_labelled(annotator, labelled)
             if sum(len(str(turn)) for turn in labelled) < 30_000:
-                encode_example(tools.toy[1], labelled[0].example(), 1_000_000)
+                example = labelled[0].example(ESCONV)
+                encode_example(tools.toy[1], example, 1_000_000, ESCONV.speakers)
             config = SimpleNamespace(
                 agreement=str(folder / name),
                 label_map=str(folder / "map.json"),
@@ -487,7 +488,7 @@ def fill_in(path: Path, values: dict[str, list[str]]) -> None:
 
 def review_files(tools):
     path = tools.folder / "review.csv"
-    agreement.write_review(path, judged_answers(), 20, seed=0)
+    agreement.write_review(path, judged_answers(), 20, 0, ESCONV.speakers)
     fill_in(path, {"label": ["none", "template response", "", *ESCONV.labels[:4]]})
     data = {name: (tools.folder / name).read_bytes() for name in ("review.csv", "review.key.json")}
 
@@ -495,8 +496,8 @@ def review_files(tools):
         path = folder / "review.csv"
         if path.exists():  # what people wrote
             with pytest.raises(cli.DescError):
-                agreement.write_review(path, judged_answers(), 20, seed=0)
-        people, annotator, dialogues = agreement.read_review(path)
+                agreement.write_review(path, judged_answers(), 20, 0, ESCONV.speakers)
+        people, annotator, dialogues = agreement.read_review(path, ESCONV.labels)
         assert len(people) == len(annotator) == len(dialogues) <= 9 and all(dialogues)
         assert set(people) <= set(ESCONV.labels) and set(annotator) <= {*ESCONV.labels, UNREADABLE}
         config = SimpleNamespace(agreement=str(path), seed=0)
@@ -510,7 +511,8 @@ def rating_files(tools):
     dialogues = load_dialogues(SAMPLE)[:3]
     rating = dict(zip(agreement.RUBRICS, (1.25, 3, 4, None)))
     records = [{"replies": ["a", "=b"], "ratings": [rating, rating | {"empathy": 2}]}] * 3
-    write = partial(agreement.write_ratings, dialogues=dialogues, answers={"sft": records})
+    about = {"dialogues": dialogues, "answers": {"sft": records}, "speakers": ESCONV.speakers}
+    write = partial(agreement.write_ratings, **about)
     write(path)
     fill_in(path, {"empathy human": list("123451"), "fluency human": ["1", "", "2,5", "3.0", "4"]})
     own = "empathy judge;empathy human;dialogue\n3;4;0\n2,5;1;0\n1;1;1\n"
@@ -623,11 +625,11 @@ def ask_server(tools, folder: Path, body: bytes | int) -> None:
     endpoint.keep_answers(folder / "kept")
     case = Case(dialogue.history(0), "Question", "Why?")
     for _ in range(2):  # the second time from what was kept
-        (annotation,) = EndpointAnnotator(endpoint)([case])
+        (annotation,) = EndpointAnnotator(endpoint, ESCONV)([case])
         assert annotation.error in (*ESCONV.labels, UNREADABLE) and 0 <= annotation.confidence <= 1
         assert isinstance(annotation.explanation, str)
-        conversation = build_judge_messages("empathy", dialogue, 0, {"reply": "Why?"})
-        (opinion,) = EndpointJudge(endpoint, 8)([conversation], DIGITS)
+        conversation = build_judge_messages("empathy", dialogue, 0, {"reply": "Why?"}, ESCONV)
+        (opinion,) = EndpointJudge(endpoint, ESCONV, 8)([conversation], DIGITS)
         assert set(opinion.shares) <= set(DIGITS) and isinstance(opinion.text, str)
         config = SampleConfig(max_new_tokens=8)
         sampler = EndpointSampler(endpoint, config, ESCONV)

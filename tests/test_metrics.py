@@ -109,6 +109,20 @@ def test_bias_agrees_with_a_second_implementation(seed):
     assert result.preferences == pytest.approx(preferences, rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_bias_is_zero_exactly_when_strategies_are_used_as_often_as_people_use_them(seed):
+    """A sum of permutation matrices, and any number of hits, has equal row and column sums. One
+    turn more of one kind ends that. The accuracy may be anything."""
+    generator = np.random.default_rng(seed)
+    counts = np.diag(generator.integers(0, 500, 8).astype(float))
+    for _ in range(40):
+        counts += np.eye(8)[generator.permutation(8)]
+    assert counts.sum(0).tolist() == counts.sum(1).tolist()
+    assert bias_of_confusion(counts, sweeps=200).bias == pytest.approx(0, abs=1e-9)
+    counts[2, 5] += 1
+    assert bias_of_confusion(counts, sweeps=200).bias > 1e-3
+
+
 def test_bias_agrees_with_a_second_implementation_while_sweeps_still_matter():
     counts = random_counts(1)
     for sweeps in (1, 2, 3):

@@ -5,13 +5,16 @@ leaks, and how strategies are parsed.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from desc import prompts
 from desc.domain import ESCONV, Strategies
 from desc.esconv import Dialogue, Turn, flatten
-from desc.prompts import TASKS, build_completion, build_examples, build_messages, drop_oldest
+from desc.prompts import TASKS, build_completion, build_examples, build_messages
 
+drop_oldest = partial(prompts.drop_oldest, speakers=ESCONV.speakers)
 TINY = Dialogue(
     "7",
     (

@@ -42,12 +42,11 @@ def test_temper_by_hand():
 def test_scored_strategies_are_those_of_each_sequence_alone(toy_on_device, sample, task):
     model, tokenizer = toy_on_device
     dialogue = sample[0]
-    scored = score_strategies(model, tokenizer, task, [dialogue], max_tokens=700)
+    scored = score_strategies(model, tokenizer, task, [dialogue], ESCONV, max_tokens=700)
     turn = len(dialogue) - 1
     texts = [name if task == "sp" else f"[{name}]" for name in ESCONV.strategies]
-    item = encode(
-        tokenizer, "", "", build_messages(task, dialogue, turn), texts, 2048, end=task == "sp"
-    )
+    messages, end = build_messages(task, dialogue, turn), task == "sp"
+    item = encode(tokenizer, "", "", messages, texts, 2048, ESCONV.speakers, end)
     alone = []
     with torch.no_grad():
         for prompt, completion in item.sequences:
@@ -109,7 +108,7 @@ def test_draws_depend_on_seed_and_dialogue_alone(toy_on_device, sample):
         planned = [(turn, "Question") for turn in range(len(dialogue))]
         return write_dialogue(model, tokenizer, config, "rg", dialogue, planned, ESCONV)
 
-    logps = score_strategies(model, tokenizer, "vanilla", [dialogue])
+    logps = score_strategies(model, tokenizer, "vanilla", [dialogue], ESCONV)
     strategies = draw_strategies(logps, CONFIG, dialogue, ESCONV.strategies)
     replies = write(CONFIG)
     torch.rand(3)

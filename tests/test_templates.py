@@ -10,6 +10,7 @@ import shutil
 from copy import deepcopy
 from dataclasses import asdict
 from datetime import date, datetime
+from functools import partial
 
 import pytest
 import torch
@@ -18,14 +19,17 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import AddedToken
 from transformers.utils import chat_template_utils
 
-from desc import DescError, cli, flags
-from desc.encoding import decode, encode, encode_completion, encode_example, encode_prompt
+from desc import DescError, cli, encoding, flags
+from desc.domain import ESCONV
+from desc.encoding import decode, encode_completion, encode_prompt
 from desc.modeling import load
 from desc.prompts import TASKS, build_examples, build_messages
 from desc.storage import zoo
 from desc.storage.journal import Journal, journal_settings
 from desc.templates import defuse, end_of_turn, form_of, pin_date, render
 
+encode = partial(encoding.encode, speakers=ESCONV.speakers)
+encode_example = partial(encoding.encode_example, speakers=ESCONV.speakers)
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 MESSAGE = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 CHATML = "{% for m in messages %}" + MESSAGE + "{% endfor %}" + ASK

@@ -12,7 +12,8 @@ from test_tree import assert_near
 from tqdm import tqdm
 
 from desc import DescError
-from desc.encoding import Item, TokenSequence, encode
+from desc.domain import ESCONV
+from desc.encoding import Item, TokenSequence, encode, encode_example
 from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, lora_layers
 from desc.losses import dpo_loss, sft_loss
@@ -194,7 +195,7 @@ def test_any_cut_of_a_batch_gives_the_same_step(toy_on_device, sample, kind):
     examples = build_examples("sp", sample[10:11])[:5]
     answers = [[e.completion, "Others"] if kind == "dpo" else [e.completion] for e in examples]
     items = [
-        encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, texts, 2048)
+        encode(tokenizer, str(e.turn), e.dialogue, e.messages, texts, 2048, ESCONV.speakers)
         for e, texts in zip(examples, answers)
     ]
     tokens = sum(len(s.completion) for item in items for s in item.sequences)
@@ -218,8 +219,7 @@ def test_any_cut_of_a_batch_gives_the_same_step(toy_on_device, sample, kind):
 def test_activations_computed_again_give_the_same_gradients(toy_on_device, sample):
     examples = build_examples("sp", sample[10:11])[:3]
     items = [
-        encode(toy_on_device[1], str(e.turn), e.dialogue, e.messages, [e.completion], 2048)
-        for e in examples
+        encode_example(toy_on_device[1], example, 2048, ESCONV.speakers) for example in examples
     ]
     ((_, forest),) = pack(items, "dialogue", 2000)
     gradients = []
@@ -249,10 +249,7 @@ def test_plan_by_hand(sample):
         4 * (layer.in_features + layer.out_features) for layer in lora_layers(model).values()
     )
     examples = build_examples("sp", sample[10:11])[:3]
-    items = [
-        encode(tokenizer, str(e.turn), e.dialogue, e.messages, [e.completion], 2048)
-        for e in examples
-    ]
+    items = [encode_example(tokenizer, example, 2048, ESCONV.speakers) for example in examples]
     batches = pack(items, "dialogue", 2000, parts=2)
     config = SimpleNamespace(
         estimate=2,
@@ -297,9 +294,10 @@ def test_the_policy_equals_its_reference_before_the_first_step(toy_on_device, sa
     random_adapter(model, "sft")
     add_adapter(model, "dpo", rank=4)
     examples = build_examples("sp", sample[10:11])[:5]
+    answers = [[e.completion, "Others"] for e in examples]
     items = [
-        encode(tokenizer, str(e.turn), e.dialogue, e.messages, [e.completion, "Others"], 2048)
-        for e in examples
+        encode(tokenizer, str(e.turn), e.dialogue, e.messages, texts, 2048, ESCONV.speakers)
+        for e, texts in zip(examples, answers)
     ]
     ((_, forest),) = pack(items, "dialogue", 2000)
     results = []

@@ -33,7 +33,8 @@ from architectures import KINDS, ODD, build, configure
 from torch.nn.attention.flex_attention import flex_attention
 
 from desc import DescError, attention
-from desc.encoding import Item, TokenSequence, encode
+from desc.domain import ESCONV
+from desc.encoding import Item, TokenSequence, encode, encode_example
 from desc.esconv import load_dialogues
 from desc.forward import TargetLogps, sequence_logps, tree_mask
 from desc.lora import add_adapter
@@ -282,6 +283,7 @@ def test_dialogues_of_the_sample_equal_one_sequence_at_a_time(adapted, toy, samp
                 example.messages,
                 answers,
                 2048,
+                ESCONV.speakers,
             )
         )
     assert_same(adapted, items, "dialogue")
@@ -293,10 +295,7 @@ def test_smollm2_on_esconv_equals_one_sequence_at_a_time(smollm2, esconv_path):
     examples = build_examples(
         "sp", sorted(load_dialogues(esconv_path), key=lambda d: len(str(d)))[:2]
     )
-    items = [
-        encode(tokenizer, f"{e.dialogue}/{e.turn}", e.dialogue, e.messages, [e.completion], 2048)
-        for e in examples
-    ]
+    items = [encode_example(tokenizer, example, 2048, ESCONV.speakers) for example in examples]
     with torch.no_grad():
         forest = plant(items, "dialogue")
         assert 2 * len(forest.ids) < len(plant(items, "none").ids)

@@ -11,8 +11,10 @@ reply."""
 
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from desc import DescError, cli
+from desc.calibration import read_calibration
 from desc.chat.conversation import Chat, attach
 from desc.chat.safety import OPENING
 from desc.flags import SampleConfig, parse
@@ -29,7 +31,10 @@ def main():
     device = ranks.join_ranks()
     cli.resolve_auto(config, device)
     model, tokenizer = cli.load_model(config, device)
-    chat = Chat(model, tokenizer, config, domain, attach(model, config))
+    stages = attach(model, config)
+    planner_folder = Path(config.out) / "sp" / stages["sp"][0]
+    calibration = read_calibration(planner_folder, config, domain.strategies)
+    chat = Chat(model, tokenizer, config, domain, stages, calibration)
     print(
         f"planner: {chat.stages['sp'][0]}, generator: {chat.stages['rg'][0]} (base is untrained)."
         " /help lists the commands."

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from desc import cli
+from desc.calibration import Calibration
 from desc.chat.safety import CRISIS, in_danger
 from desc.domain import Domain
 from desc.encoding import Item, encode
@@ -52,6 +53,7 @@ class Chat:
     config: SampleConfig
     domain: Domain
     stages: dict[str, list[str]]
+    calibration: Calibration | None = None  # of the planner
     turns: tuple[Turn, ...] = ()  # as a Dialogue's: alternating, seeker first, supporter last
     forced: str | None = None  # the strategy that every reply follows
     warned_of_length: bool = False
@@ -76,8 +78,8 @@ class Chat:
             messages,
             completions,
             room,
+            self.domain.speakers,
             end=task == "sp",
-            speakers=self.domain.speakers,
         )
         if item.turns_cut and not self.warned_of_length:
             print(
@@ -94,6 +96,8 @@ class Chat:
         item = self.read("sp", dialogue, list(names), config.max_length)
         with adapter_only(self.model, f"sp-{self.stages['sp'][0]}"):
             logps = score(self.model, [item], config.max_length)[0]
+        if self.calibration:
+            logps = self.calibration.apply(logps)
         odds = temper(logps, config.temperature, config.top_p)
         drawn = torch.multinomial(odds, 1, generator=seeded(config.seed, "plan", len(dialogue)))
         strategy = self.forced or names[int(drawn)]

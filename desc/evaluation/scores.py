@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from desc.domain import Strategies
-from desc.esconv import Dialogue
+from desc.domain import UNREADABLE, Strategies
+from desc.esconv import Dialogue, gold_strategies
 from desc.evaluation.text import corpus_scores, near_copies, self_repetition, turn_scores, words
 from desc.judging.judge import RUBRICS
 from desc.metrics import (
@@ -24,7 +24,6 @@ from desc.metrics import (
     scores_of_confusion,
     top_hits,
 )
-from desc.mining import UNREADABLE
 from desc.sampling import temper
 
 FREQUENCIES = "training frequencies"  # the row of a planner that ignores the context
@@ -334,9 +333,9 @@ def score_all_replies(answered: list[dict]) -> dict[str, float]:
 def frequency_row(train: list[Dialogue], test: list[Dialogue], strategies: Strategies) -> dict:
     """The expected scores of always drawing from the frequencies of the training strategies: what a
     planner reaches that ignores the context."""
-    counts = Counter(turn.strategy for dialogue in train for turn in dialogue.supporter_turns())
+    counts = Counter(gold_strategies(train))
     frequencies = np.array([counts[name] for name in strategies]) / counts.total()
-    gold = [turn.strategy for dialogue in test for turn in dialogue.supporter_turns()]
+    gold = gold_strategies(test)
     probabilities = np.tile(frequencies, (len(gold), 1))
     logps = np.log(np.maximum(probabilities, 1e-12))
     expected = expected_confusion(probabilities, gold, strategies)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from desc import DescError, cli
+from desc.calibration import Calibration, read_calibration
 from desc.domain import Domain, Strategies
 from desc.esconv import Dialogue
 from desc.evaluation.scores import FREQUENCIES
@@ -35,6 +36,7 @@ class System:
     planner_adapter: str
     generator: str | None = None  # its task, "rg" or "vanilla"; None if replies are not written
     generator_adapter: str | None = None
+    calibrated: bool = False  # whether its planner is, as --calibrate says
 
     @property
     def plans_as_human(self) -> bool:
@@ -69,10 +71,22 @@ def find_systems(config) -> list[System]:
             f"no system to evaluate in {config.out}: run train_sft.py and train_dpo.py first, or"
             " give --systems"
         )
+    if config.calibrate != "none":
+        systems = add_calibrated(systems)
     names = {system.name for system in systems}
     if len(names) < len(systems) or FREQUENCIES in names:
         raise DescError(f"--systems: two have the same name, or one that of {FREQUENCIES!r}")
     return systems
+
+
+def add_calibrated(systems: list[System]) -> list[System]:
+    """After each system whose planner has an adapter, the same one calibrated."""
+    both = []
+    for system in systems:
+        both.append(system)
+        if system.planner_adapter not in (BASE, GOLD):
+            both.append(replace(system, name=f"{system.name} calibrated", calibrated=True))
+    return both
 
 
 def parse_system(text: str) -> System:
@@ -123,14 +137,19 @@ class LoadedModel:
     model: torch.nn.Module
     tokenizer: object
     adapter_names: dict[str, str]  # {an adapter of a System: its name in the model}
+    calibrations: dict[str, Calibration]  # {a calibrated planner's adapter: how}
+    scored: dict  # what plan_scored computed last
 
     def with_adapter(self, adapter: str):
         """A context in which the model has this adapter alone."""
         return adapter_only(self.model, self.adapter_names[adapter])
 
 
-def load_systems(config, model, tokenizer, systems: list[System]) -> LoadedModel:
-    """Attach the adapter of every system, each once. Raises DescError if a folder holds none."""
+def load_systems(
+    config, model, tokenizer, systems: list[System], strategies: Strategies
+) -> LoadedModel:
+    """Attach the adapter of every system, each once, and fit the calibrations of planners. Raises
+    DescError if a folder holds no adapter, or nothing to fit on."""
     names = {BASE: ""}
     for system in systems:
         for task, adapter in system.adapters().items():
@@ -139,7 +158,12 @@ def load_systems(config, model, tokenizer, systems: list[System]) -> LoadedModel
                 continue
             names[adapter] = f"adapter{len(names)}"
             cli.use_adapter(config, model, Path(adapter), names[adapter])
-    return LoadedModel(model, tokenizer, names)
+    calibrations = {}
+    for system in systems:
+        if system.calibrated:
+            adapter = system.planner_adapter
+            calibrations[adapter] = read_calibration(adapter, config, strategies)
+    return LoadedModel(model, tokenizer, names, calibrations, {})
 
 
 @dataclass(frozen=True)
@@ -163,23 +187,30 @@ def plan_strategies(
     configs = [replace(config, seed=config.seed + i) for i in range(config.seeds)]
     with loaded.with_adapter(system.planner_adapter):
         if config.decode == "scored":
-            return plan_scored(system.planner, loaded, configs, dialogue, domain)
+            return plan_scored(system, loaded, configs, dialogue, domain)
         return plan_freely(system.planner, loaded, configs, dialogue, domain)
 
 
 def plan_scored(
-    task: str, loaded: LoadedModel, configs: list, dialogue: Dialogue, domain: Domain
+    system: System, loaded: LoadedModel, configs: list, dialogue: Dialogue, domain: Domain
 ) -> Plan:
-    """Strategies drawn from the exact distribution over all names, once by each of `configs`."""
-    logps = score_strategies(
-        loaded.model,
-        loaded.tokenizer,
-        task,
-        [dialogue],
-        domain,
-        configs[0].max_length,
-        configs[0].max_tokens,
-    )
+    """Strategies drawn from the exact distribution over all names, once by each of `configs`. The
+    next system may have the same planner, so what was computed last is kept."""
+    adapter = system.planner_adapter
+    if (adapter, dialogue.id) not in loaded.scored:
+        loaded.scored.clear()
+        loaded.scored[adapter, dialogue.id] = score_strategies(
+            loaded.model,
+            loaded.tokenizer,
+            system.planner,
+            [dialogue],
+            domain,
+            configs[0].max_length,
+            configs[0].max_tokens,
+        )
+    logps = loaded.scored[adapter, dialogue.id]
+    if system.calibrated:
+        logps = loaded.calibrations[adapter].apply(logps)
     predicted = [draw_strategies(logps, config, dialogue, domain.strategies) for config in configs]
     return Plan(predicted, logps.tolist(), [])
 
@@ -251,11 +282,7 @@ def answer_dialogue_as(
 
 
 def annotate_and_judge(
-    annotator: Annotator | None,
-    judge: Judge | None,
-    dialogue: Dialogue,
-    answers: dict[str, dict],
-    domain: Domain,
+    annotator: Annotator | None, judge: Judge | None, dialogue: Dialogue, answers: dict[str, dict]
 ) -> list[dict]:
     """Add to the record of each system what is said of its replies. `answers` is {system: record}.
 
@@ -271,10 +298,10 @@ def annotate_and_judge(
         if annotator:
             record["judged"] = annotate(annotator, dialogue, record)
         if judge:
-            record["ratings"], lines = rate(judge, dialogue, replies, domain)
+            record["ratings"], lines = rate(judge, dialogue, replies)
             transcript += [{"system": name, **line} for line in lines]
         if judge and name != first and first_replies:
-            record["verdicts"], lines = contest(judge, dialogue, replies, first_replies, domain)
+            record["verdicts"], lines = contest(judge, dialogue, replies, first_replies)
             transcript += [{"system": name, "against": first, **line} for line in lines]
     return transcript
 

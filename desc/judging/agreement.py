@@ -14,7 +14,7 @@ import numpy as np
 
 from desc import DescError
 from desc.cli import markdown
-from desc.domain import ESCONV, Domain
+from desc.domain import UNREADABLE, Domain
 from desc.esconv import Dialogue, flatten
 from desc.judging.forms import (
     NUMBER,
@@ -38,7 +38,7 @@ from desc.judging.statistics import (
     spearman,
 )
 from desc.metrics import FEWEST_GROUPS, NO_INTERVAL, interval, resample
-from desc.mining import UNREADABLE, Annotator, Answer
+from desc.mining import Annotator, Answer
 
 REVIEW_COLUMNS = ("number", "context", "strategy", "reply", "label")
 RATING_COLUMNS = (
@@ -66,7 +66,7 @@ def write_review(
     answers: list[tuple[Dialogue, Answer]],
     count: int,
     seed: int,
-    speakers: tuple[str, str] = ESCONV.speakers,
+    speakers: tuple[str, str],
 ) -> None:
     """`count` random judged answers as a CSV for people to label, in the column "label".
 
@@ -85,9 +85,7 @@ def write_review(
     write_table(path, REVIEW_COLUMNS, rows)
 
 
-def read_review(
-    path: str | Path, labels: Sequence[str] = ESCONV.labels
-) -> tuple[list[str], list[str], list[str]]:
+def read_review(path: str | Path, labels: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """(people's labels, the annotator's, dialogues): one of each per labelled answer of a review.
 
     Raises DescError as read_filled does, if a label is none of the domain's `labels`, naming its
@@ -132,7 +130,7 @@ def measure_agreement(
     path = Path(config.agreement)
     if path.suffix.casefold() in TABLE_SUFFIXES or key_path(path).exists():
         labelled_by = read_review(config.agreement, domain.labels)
-        return agreement_report(*labelled_by, config.seed, domain.labels)
+        return agreement_report(*labelled_by, domain.labels, config.seed)
     if annotator is None:
         raise DescError(
             "--agreement with labelled turns needs an annotator: give --annotator local or endpoint"
@@ -149,8 +147,8 @@ def measure_agreement(
         [turn.label for turn in held],
         [annotation.error for annotation in annotations],
         [turn.dialogue for turn in held],
-        config.seed,
         domain.labels,
+        config.seed,
     )
 
 
@@ -158,11 +156,11 @@ def agreement_report(
     people: Sequence[str],
     annotator: Sequence[str],
     dialogues: Sequence[str],
+    labels: Sequence[str],
     seed: int = 0,
-    labels: Sequence[str] = ESCONV.labels,
 ) -> str:
     """How far an annotator agrees with people, as text, from the labels of each and the turns'
-    dialogues.
+    dialogues. `labels` are the domain's.
 
     It shows κ with its 95 % interval (bootstrap over dialogues; none below FEWEST_GROUPS), a table
     with one line per label, and the confusion matrix. An unreadable annotation agrees with
@@ -227,10 +225,7 @@ def format_share(part: float, whole: float) -> str:
 
 
 def write_ratings(
-    path: Path,
-    dialogues: list[Dialogue],
-    answers: dict[str, list[dict]],
-    speakers: tuple[str, str] = ESCONV.speakers,
+    path: Path, dialogues: list[Dialogue], answers: dict[str, list[dict]], speakers: tuple[str, str]
 ) -> None:
     """The rated replies of some systems as a CSV, with an empty column for people's rating beside
     each of the judge's.

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from desc import cli
-from desc.domain import ESCONV, NO_ERROR, Domain
+from desc.domain import NO_ERROR, UNREADABLE, Domain
 from desc.encoding import encode
 from desc.esconv import Turn, flatten
 from desc.flags import AskConfig, DataConfig
 from desc.judging.completions import SURROGATE
 from desc.judging.endpoint import MARK, Endpoint, json_schema_format
 from desc.lora import adapter_only
-from desc.mining import UNREADABLE, Annotation, Annotator, Case
+from desc.mining import Annotation, Annotator, Case
 from desc.prompts import Messages
 from desc.sampling import score
 
@@ -75,9 +75,7 @@ def build_quoted_messages(
     return [{"role": "system", "content": system}, {"role": "user", "content": quoted}]
 
 
-def build_annotator_messages(
-    case: Case, domain: Domain = ESCONV, answer_form: str = BY_LABEL
-) -> Messages:
+def build_annotator_messages(case: Case, domain: Domain, answer_form: str = BY_LABEL) -> Messages:
     """What the annotator reads: the conversation, then the strategy and the reply to annotate.
 
     `answer_form` is the sentence that says how to answer: BY_LABEL or BY_JSON."""
@@ -106,7 +104,7 @@ def score_options(
     items = []
     for i, messages in enumerate(conversations):
         name, room = f"case {i}", config.max_length
-        item = encode(tokenizer, name, "", messages, list(options), room, speakers=domain.speakers)
+        item = encode(tokenizer, name, "", messages, list(options), room, domain.speakers)
         items.append(item)
     with adapter_only(model, *adapters):
         logps = score(model, items, config.max_tokens)
@@ -123,7 +121,7 @@ class LocalAnnotator:
     model: torch.nn.Module
     tokenizer: object
     config: DataConfig
-    domain: Domain = ESCONV
+    domain: Domain
 
     def __call__(self, cases: list[Case]) -> list[Annotation]:
         domain = self.domain
@@ -145,8 +143,8 @@ class EndpointAnnotator:
     An answer that cannot be read is UNREADABLE, with what was written as its explanation."""
 
     endpoint: Endpoint
+    domain: Domain
     max_tokens: int = AskConfig.annotator_tokens
-    domain: Domain = ESCONV
 
     def __call__(self, cases: list[Case]) -> list[Annotation]:
         conversations = [build_annotator_messages(case, self.domain, BY_JSON) for case in cases]
@@ -176,7 +174,7 @@ def make_annotator(
 
     The local one gets the adapter OUT/annotate/sft attached, if there is one."""
     if config.annotator == "endpoint":
-        return EndpointAnnotator(endpoint, config.annotator_tokens, config.read_domain())
+        return EndpointAnnotator(endpoint, config.read_domain(), config.annotator_tokens)
     if config.annotator == "local":
         otherwise = "the base model judges; train_sft.py --task annotate makes a better annotator"
         cli.use_adapter(config, model, Path(config.out) / MODULE / "sft", MODULE, otherwise)
@@ -184,7 +182,7 @@ def make_annotator(
     return None
 
 
-def read_annotation(text: str, labels: Sequence[str] = ESCONV.labels) -> Annotation:
+def read_annotation(text: str, labels: Sequence[str]) -> Annotation:
     """The annotation in what a model wrote: the first JSON object in it, or one of the `labels`
     alone.
 

@@ -4,12 +4,12 @@ The model is local, or behind an endpoint. It judges by four rubrics. The domain
 asks; the words of ESConv's (data/esconv.json) are our own."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from desc.domain import ESCONV, RUBRICS, Domain
+from desc.domain import RUBRICS, Domain
 from desc.esconv import Dialogue
 from desc.flags import DataConfig
 from desc.judging.annotator import build_quoted_messages, score_options
@@ -35,10 +35,6 @@ class Opinion:
         return max(self.shares, key=self.shares.get) if self.shares else None
 
 
-# (conversations, the options to answer with) -> an opinion on each conversation
-Judge = Callable[[list[Messages], Sequence[str]], list[Opinion]]
-
-
 @dataclass(frozen=True)
 class LocalJudge:
     """Scores the options by their log-probability under the base model, without any adapter."""
@@ -46,7 +42,7 @@ class LocalJudge:
     model: torch.nn.Module
     tokenizer: object
     config: DataConfig
-    domain: Domain = ESCONV
+    domain: Domain
 
     def __call__(self, conversations: list[Messages], options: Sequence[str]) -> list[Opinion]:
         scored = score_options(
@@ -60,6 +56,7 @@ class EndpointJudge:
     """Asks a model behind an endpoint to write one of the options."""
 
     endpoint: Endpoint
+    domain: Domain
     max_tokens: int
 
     def __call__(self, conversations: list[Messages], options: Sequence[str]) -> list[Opinion]:
@@ -78,10 +75,15 @@ class EndpointJudge:
         ]
 
 
+# Called with conversations and the options to answer with, a judge gives an opinion on each
+# conversation. Its domain says what it is asked.
+Judge = LocalJudge | EndpointJudge
+
+
 def make_judge(config, model, tokenizer, endpoint: Endpoint | None) -> Judge | None:
     """The judge that --judge names (`config` is evaluate.py's); None for "none"."""
     if config.judge == "endpoint":
-        return EndpointJudge(endpoint, config.judge_tokens)
+        return EndpointJudge(endpoint, config.read_domain(), config.judge_tokens)
     if config.judge == "local":
         return LocalJudge(model, tokenizer, config, config.read_domain())
     return None
@@ -97,7 +99,7 @@ def read_opinion(text: str, options: Sequence[str]) -> Opinion:
 
 
 def build_judge_messages(
-    rubric: str, dialogue: Dialogue, turn: int, replies: dict[str, str], domain: Domain = ESCONV
+    rubric: str, dialogue: Dialogue, turn: int, replies: dict[str, str], domain: Domain
 ) -> Messages:
     """What the judge reads: the history, the human supporter's reply, and `replies` by their names.
 
@@ -117,7 +119,7 @@ def build_judge_messages(
 
 
 def rate(
-    judge: Judge, dialogue: Dialogue, replies: list[str], domain: Domain = ESCONV
+    judge: Judge, dialogue: Dialogue, replies: list[str]
 ) -> tuple[list[dict[str, float | None]], list[dict]]:
     """(each reply's {rubric: rating}, a transcript); `replies` are one system's, one per turn.
 
@@ -128,7 +130,7 @@ def rate(
     transcript = []
     for rubric in RUBRICS:
         conversations = [
-            build_judge_messages(rubric, dialogue, turn, {"reply": reply}, domain)
+            build_judge_messages(rubric, dialogue, turn, {"reply": reply}, judge.domain)
             for turn, reply in enumerate(replies)
         ]
         for turn, opinion in enumerate(judge(conversations, DIGITS)):
@@ -146,11 +148,7 @@ def mean_rating(opinion: Opinion) -> float | None:
 
 
 def contest(
-    judge: Judge,
-    dialogue: Dialogue,
-    replies: list[str],
-    first_replies: list[str],
-    domain: Domain = ESCONV,
+    judge: Judge, dialogue: Dialogue, replies: list[str], first_replies: list[str]
 ) -> tuple[list[dict[str, list]], list[dict]]:
     """(each turn's {rubric: two verdicts}, a transcript) on a system's replies and the first's.
 
@@ -164,8 +162,8 @@ def contest(
         for a, b in (("ours", "theirs"), ("theirs", "ours")):
             meaning = {"A": a, "B": b, "tie": "tie"}
             conversations = [
-                build_judge_messages(rubric, dialogue, turn, {"A": reply_a, "B": reply_b}, domain)
-                for turn, (reply_a, reply_b) in enumerate(zip(replies_of[a], replies_of[b]))
+                build_judge_messages(rubric, dialogue, turn, {"A": of_a, "B": of_b}, judge.domain)
+                for turn, (of_a, of_b) in enumerate(zip(replies_of[a], replies_of[b]))
             ]
             for turn, opinion in enumerate(judge(conversations, SIDES)):
                 side = opinion.preferred()

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from desc import DescError
-from desc.domain import ESCONV, Domain, Strategies
+from desc.domain import Domain, Strategies
 from desc.esconv import SPEAKERS, Dialogue, Turn
 from desc.judging.annotator import build_annotator_messages
 from desc.mining import Annotation, Annotator, Case
@@ -27,17 +27,14 @@ class LabelledTurn:
     case: Case
     label: str  # one of the domain's
 
-    def example(self, domain: Domain = ESCONV) -> Example:
+    def example(self, domain: Domain) -> Example:
         """The turn as an annotator is trained on it."""
         messages = build_annotator_messages(self.case, domain)
         return Example(self.dialogue, self.turn, messages, self.label)
 
 
 def read_labels(
-    path: str | Path,
-    dialogues: list[Dialogue],
-    domain: Domain = ESCONV,
-    label_map: str | None = None,
+    path: str | Path, dialogues: list[Dialogue], domain: Domain, label_map: str | None = None
 ) -> list[LabelledTurn]:
     """The labelled turns of a file, which is of one of two kinds:
 

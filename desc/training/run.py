@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from desc import DescError
+from desc.calibration import PLANNED
 from desc.cli import claim_folders, progress
 from desc.exactness import check_tree
 from desc.flags import TrainConfig, training_settings
@@ -229,17 +230,24 @@ def is_due(run: Run, every: int) -> bool:
     return every > 0 and run.step % every == 0
 
 
-def keep_best(run: Run, model, config: TrainConfig, scores: dict, score: float) -> None:
-    """Log validation scores, and save the adapter if `score` is the lowest so far.
+def keep_best(
+    run: Run, model, config: TrainConfig, scores: dict, score: float, planned: list[dict] = ()
+) -> None:
+    """Log validation scores, and save the adapter if `score` is the lowest so far. What it
+    `planned` (PlannedTurns.records) is saved beside it, and beside the last.
 
     Raises DescError if the score is not finite."""
     write_pending(run)
     log(run, run.step, scores)
     if on_any_rank(not math.isfinite(score)):
         raise DescError(f"step {run.step}: the validation score is not finite; lower --lr")
-    if on_any_rank(score < run.best):
+    is_best = on_any_rank(score < run.best)
+    if is_best:
         run.best = score
         save_artefact(model, config, run.work / "best", run.settings["base"])
+    if planned and rank() == 0:
+        for name in ("best", "last") if is_best else ("last",):
+            write_lines(run.work / name / PLANNED, planned)
 
 
 def save_checkpoint_if_due(run: Run, every: int) -> None:

@@ -1,12 +1,13 @@
-"""The exact scores of a planner on validation dialogues."""
+"""What a planner plans for validation dialogues, exactly, and its scores."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from desc.domain import Domain, Strategies
 from desc.encoding import Item
-from desc.esconv import Dialogue
+from desc.esconv import Dialogue, first, gold_strategies
 from desc.flags import TrainConfig
 from desc.metrics import (
     bias_of_confusion,
@@ -26,26 +27,37 @@ class PlannedTurns:
     items: list[Item]  # each turn with all K strategies
     gold: list[str]
     strategies: Strategies
+    counts: list[int]  # how often people use each strategy in the training dialogues
+
+    def records(self, logps: torch.Tensor) -> list[dict]:
+        """What desc.calibration.read_calibration reads, of log-probabilities (T, K): how often
+        people use each strategy, and then each turn."""
+        lines = [{"counts": dict(zip(self.strategies, self.counts))}]
+        for item, gold, row in zip(self.items, self.gold, logps.tolist()):
+            rounded = [round(value, 5) for value in row]
+            lines.append({"turn": item.id, "gold": gold, "logps": rounded})
+        return lines
 
 
 def planned_turns(
-    tokenizer, config: TrainConfig, dialogues: list[Dialogue], domain: Domain
+    tokenizer, config: TrainConfig, splits: dict[str, list[Dialogue]], domain: Domain
 ) -> PlannedTurns | None:
-    """The supporter turns of dialogues; None if the module of --task plans nothing.
+    """The supporter turns of the validation dialogues that --eval-dialogues says; None if the
+    module of --task plans nothing.
 
     Raises DescError if a turn is too long."""
     if config.task not in ("sp", "vanilla"):
         return None
+    dialogues = first(splits["valid"], config.eval_dialogues)
     items = strategy_items(tokenizer, config.task, dialogues, domain, config.max_length)
-    gold = [turn.strategy for dialogue in dialogues for turn in dialogue.supporter_turns()]
-    return PlannedTurns(items, gold, domain.strategies)
+    counted = Counter(gold_strategies(splits["train"]))
+    counts = [counted[name] for name in domain.strategies]
+    return PlannedTurns(items, gold_strategies(dialogues), domain.strategies, counts)
 
 
 @torch.no_grad()
-def planner_scores(model, config: TrainConfig, turns: PlannedTurns) -> dict[str, float]:
-    """A planner's exact scores: the negative log-likelihood of the human strategy at T = 1, and
-    accuracy, Q and B of the confusion matrix that sampling at the paper's T 0.7, top_p 0.95 has on
-    average."""
+def planner_logps(model, config: TrainConfig, turns: PlannedTurns) -> torch.Tensor:
+    """log p(strategy | context) at every turn, on every rank: (T, K) fp32 on the CPU."""
     scored: dict[str, torch.Tensor] = {}
     for members, forest in my_micro_batches(
         turns.items, "dialogue", config.max_tokens, model.device
@@ -53,7 +65,13 @@ def planner_scores(model, config: TrainConfig, turns: PlannedTurns) -> dict[str,
         scored |= branch_logps(model, members, forest)
     for part in gather_objects(scored):
         scored |= part
-    logps = torch.stack([scored[item.id] for item in turns.items])  # (T, K)
+    return torch.stack([scored[item.id] for item in turns.items])
+
+
+def planner_scores(logps: torch.Tensor, turns: PlannedTurns) -> dict[str, float]:
+    """A planner's exact scores, of its log-probabilities (T, K): the negative log-likelihood of the
+    human strategy at T = 1, and accuracy, Q and B of the confusion matrix that sampling at the
+    paper's T 0.7, top_p 0.95 has on average."""
     counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), turns.gold, turns.strategies)
     scores = scores_of_confusion(counts)
     return {
