@@ -28,6 +28,7 @@ import transformers
 from desc import DescError, __version__, cli
 from desc.esconv import Dialogue, first, load_splits
 from desc.evaluation.figures import load_matplotlib
+from desc.evaluation.frontier import frontiers
 from desc.evaluation.page import write_page
 from desc.evaluation.scores import FREQUENCIES, frequency_row, summarise
 from desc.evaluation.systems import (
@@ -236,7 +237,9 @@ def main():
     facts |= asdict(config) | settings
 
     # Write and print.
-    write_json(config.folder / "results.json", {"facts": facts, "systems": rows})
+    curves = frontiers(systems, answers, config, strategies)
+    summary = {"facts": facts, "systems": rows, "frontiers": curves}
+    write_json(config.folder / "results.json", summary)
     print(
         f"\n{len(test)} test dialogues; percent but for B, nll (nats), ratings (0 to 5) and length"
         f" (words)\n\n{tables(rows)}"
@@ -249,6 +252,7 @@ def main():
             "systems": rows,
             "answers": answers,
             "curves": read_curves(systems),
+            "frontiers": curves,
             "dialogues": [asdict(dialogue) for dialogue in test],
         }
         write_page(config.report, results)

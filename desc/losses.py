@@ -47,7 +47,9 @@ def self_mined_optimum(
     Why: of answers a and b, p(a) q_T(b) is how often a is chosen over b, with q_T ∝ q^(1/T). The
     loss is least where σ(r(a) − r(b)) is a's share of p(a) q_T(b) + p(b) q_T(a), so r = log p −
     log q_T + constant. And r = β log(π/q). At T = 1 it is what Chen et al. 2024 (SPIN, section 5)
-    find for the logistic loss, with λ for β."""
+    find for the logistic loss, with λ for β.
+
+    top_p must be 1. An answer that it cuts off is never rejected, so no finite reward suffices."""
     log_p, log_q = people.log(), reference.log()
     return ((1 - 1 / (beta * temperature)) * log_q + log_p / beta).softmax(-1)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from desc import DescError
 from desc.calibration import (
     PLANNED,
+    WAYS,
     Calibration,
     correct_prior,
     match_frequencies,
@@ -19,6 +20,8 @@ from desc.calibration import (
     strategy_frequencies,
 )
 from desc.domain import Strategies
+from desc.evaluation.frontier import frontiers
+from desc.evaluation.systems import System
 from desc.flags import SampleConfig
 from desc.metrics import bias_of_confusion
 from desc.sampling import temper
@@ -165,3 +168,38 @@ def test_what_cannot_be_fitted_on_is_refused(tmp_path):
     write_planned(tmp_path, {"turn": "0/0", "gold": "Ask"})
     with pytest.raises(DescError, match="line 2: field 'logps'"):
         read_calibration(tmp_path, sampled("frequencies"), PAIR)
+
+
+def frontier_of(logps: list, gold: list, folder, calibrated: bool = False) -> dict:
+    """The frontiers of one system that answered one dialogue; its adapter lies in `folder`."""
+    system = System("x", "sp", str(folder), calibrated=calibrated)
+    answers = {"x": [{"logps": logps, "gold": gold}]}
+    return frontiers([system], answers, sampled("none"), PAIR).get("x", {})
+
+
+def test_a_frontier_by_hand(tmp_path):
+    """Two turns, Ask and Tell, and Ask is planned with ⅔ in both. At T ½ that is ⅘, so the expected
+    confusion matrix is [[⅘, ⅘], [⅕, ⅕]]: accuracy ½, F1 of Ask 2·⅘ / (⁸⁄₅ + 1) and of
+    Tell 2·⅕ / (⅖ + 1). A win of Ask over Tell weighs ⅘, the reverse ⅕, so p = (1.6, 0.4)."""
+    planned = torch.tensor([[2 / 3, 1 / 3]] * 2).log().tolist()
+    (raw,) = frontier_of(planned, ["Ask", "Tell"], tmp_path).values()
+    point = next(point for point in raw if point["T"] == 0.5)
+    assert point["accuracy"] == pytest.approx(50)
+    assert point["Q"] == pytest.approx(100 * (1.6 / 2.6 + 0.4 / 1.4) / 2)
+    assert point["B"] == pytest.approx(0.6)
+
+
+def test_a_calibrated_frontier_has_no_bias_at_any_temperature(tmp_path):
+    """If the validation turns are the test turns, and people are as frequent in training."""
+    planned = [[-0.2, -1.7], [-0.9, -0.5], [-0.1, -2.4], [-0.3, -1.3]]
+    turns = [{"turn": "0/0", "gold": "Ask", "logps": row} for row in planned]
+    write_planned(tmp_path, *turns, counts=(999_999, 999_999))
+    found = frontier_of(planned, ["Ask", "Tell", "Tell", "Ask"], tmp_path)
+    assert list(found) == ["none", *WAYS]
+    assert min(point["B"] for point in found["none"]) > 0.1
+    assert max(point["B"] for point in found["frequencies"]) < 1e-3
+
+
+def test_a_system_that_is_calibrated_or_was_not_scored_has_no_frontier(tmp_path):
+    assert frontier_of([[-0.2, -1.7]], ["Ask"], tmp_path, calibrated=True) == {}
+    assert frontier_of([], [], tmp_path) == {}

@@ -97,6 +97,10 @@ def make_curve() -> list[dict]:
     return records
 
 
+def make_frontier() -> list[dict]:
+    return [{"T": T, "Q": 10 + T, "B": 1 - T} for T in (0.5, 1.0)]
+
+
 @pytest.fixture(scope="module")
 def results(sample):
     """What write_page gets, with hostile names and texts everywhere."""
@@ -116,6 +120,7 @@ def results(sample):
         "answers": make_answers(dialogues),
         "dialogues": dialogues,
         "curves": {EVIL: make_curve()},
+        "frontiers": {EVIL: {"none": make_frontier(), "prior": make_frontier()}},
     }
 
 
@@ -225,10 +230,11 @@ def test_a_section_without_content_is_left_out(results, tmp_path, written):
     systems = {}
     for name, row in results["systems"].items():
         systems[name] = {key: value for key, value in row.items() if key != "errors"}
-    write_page(tmp_path / "less.html", results | {"systems": systems, "curves": {}})
+    less = results | {"systems": systems, "curves": {}, "frontiers": {}}
+    write_page(tmp_path / "less.html", less)
     html = (tmp_path / "less.html").read_text()
-    kept = [name for name in sections if name not in ("errors", "curves")]
-    assert len(kept) == len(sections) - 2
+    kept = [name for name in sections if name not in ("errors", "curves", "frontiers")]
+    assert len(kept) == len(sections) - 3
     assert section_ids(html) == kept
     assert re.findall('<a href="#(.*?)"', html) == kept
 
@@ -373,7 +379,7 @@ def test_it_renders_and_a_script_in_an_utterance_stays_text(drive, results):
     assert shown["options"] == ["any", *NAMES]
     assert shown["scripts"] == 2 and shown["images"] == 0 and shown["hacked"] is None
     assert shown["title"].startswith("Strategies and replies")
-    assert len(shown["charts"]) == len(NAMES) + 3 and min(shown["charts"]) > 50
+    assert len(shown["charts"]) == len(NAMES) + 4 and min(shown["charts"]) > 50
 
 
 def expected_shares(gold: str) -> list[str]:

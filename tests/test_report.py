@@ -3,6 +3,7 @@
 How records of what systems answered become rows of scores and tables, worked by hand."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,9 +50,17 @@ def summarise_one(*records) -> dict:
 # Systems
 
 
+def test_a_calibrated_planner_is_a_system_of_its_own():
+    """After the same one as it is. People, and a planner without an adapter, are not calibrated."""
+    flags = ["both=sp:P,rg:R", "base=sp:base", "people=sp:gold"]
+    found = find_systems(SimpleNamespace(systems=flags, out="out", calibrate="prior"))
+    assert [system.name for system in found] == ["both", "both calibrated", "base", "people"]
+    assert found[1] == replace(found[0], name="both calibrated", calibrated=True)
+
+
 def test_systems_are_read_from_the_flag():
     flags = ["both=rg:R,sp:P", "alone=sp:gold", "one=vanilla:base"]
-    both, alone, entry = find_systems(SimpleNamespace(systems=flags, out="out"))
+    both, alone, entry = find_systems(SimpleNamespace(systems=flags, out="out", calibrate="none"))
     assert both == System("both", "sp", "P", "rg", "R")
     assert alone == System("alone", "sp", "gold") and alone.plans_as_human
     assert entry == System("one", "vanilla", "base", "vanilla", "base")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -23,6 +23,13 @@ CURVES = {
     "nll of the human strategy": ["nll"],
     "Q (0 to 1)": ["Q"],
     "B": ["B"],
+}
+# {a way to calibrate a planner: what the page calls it}
+CALIBRATED = {
+    "none": "as it is",
+    "frequencies": "offsets by frequencies",
+    "likelihood": "by likelihood",
+    "prior": "prior correction",
 }
 # What a policy equal to the reference has.
 REFERENCE = {"loss": math.log(2), "reward margin": 0, "reward accuracy": 0.5}
@@ -173,6 +180,36 @@ def timing_chart(strategy: str, index: int, timings: list[Timing], top: float) -
     for timing in timings:
         lines.append(Line(timing.name, phases, 100 * timing.shares[:, index], timing.style))
     return chart(strategy, lines, xticks=phases, ylabel="% of turns", ylim=(0, top))
+
+
+def frontiers_html(results: dict) -> str:
+    """One chart per system: B and Q at each temperature, as the planner is and calibrated. "" if no
+    planner was scored."""
+    frontiers = results["frontiers"]
+    if not frontiers:
+        return ""
+    legend = ""
+    for number, text in enumerate(CALIBRATED.values()):
+        legend += f'<span><b class="s{number}">{MARKS[number]}</b> {text}</span>'
+    points = [point for ways in frontiers.values() for line in ways.values() for point in line]
+    same_axes = {"xlim": around(point["B"] for point in points)}
+    same_axes["ylim"] = around(point["Q"] for point in points)
+    charts = ""
+    for name, ways in frontiers.items():
+        lines = []
+        for number, way in enumerate(ways):
+            style = {"color": page_colour(number), "marker": SHAPES[number]}
+            xs, ys = ([point[axis] for point in ways[way]] for axis in "BQ")
+            lines.append(Line(CALIBRATED[way], xs, ys, style))
+        charts += chart(name, lines, xlabel="B", ylabel="Q", **same_axes)
+    return f'<p class="legend">{legend}</p><div class="charts">{charts}</div>'
+
+
+def around(values: Iterable[float]) -> tuple[float, float]:
+    """An axis on which all values are seen."""
+    values = list(values)
+    margin = 0.05 * (max(values) - min(values)) or 1
+    return min(values) - margin, max(values) + margin
 
 
 def curves_html(results: dict) -> str:

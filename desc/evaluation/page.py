@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from desc.evaluation.figures import curves_html, human_strategies, phases_html
+from desc.evaluation.figures import curves_html, frontiers_html, human_strategies, phases_html
 from desc.evaluation.tables import (
     JUDGE_COLUMNS,
     PLANNER_COLUMNS,
@@ -37,6 +37,7 @@ def write_page(path: str | Path, results: dict) -> None:
                     desc.evaluation.systems.answer_dialogue_as makes them
       "dialogues"   [{"id", "turns"}], in the order of the records
       "curves"      {DPO run: the records of its metrics.jsonl}
+      "frontiers"   {system: …}, as desc.evaluation.frontier.frontiers makes them
 
     Raises DescError if matplotlib is missing."""
     parts = {
@@ -49,6 +50,7 @@ def write_page(path: str | Path, results: dict) -> None:
         "confusion": confusion_html(results),
         "phases": phases_html(results),
         "curves": curves_html(results),
+        "frontiers": frontiers_html(results),
         "errors": errors_html(results),
         "data": dialogues_json(results),
         "facts": facts_html(results),

@@ -81,7 +81,8 @@ def score_predictions(counts: Counts) -> dict[str, np.ndarray]:
     }
     if "greedy" not in counts:
         return columns
-    columns["greedy"] = 100 * scores_of_confusion(counts["greedy"]).accuracy
+    greedy = scores_of_confusion(counts["greedy"])
+    columns |= {"greedy": 100 * greedy.accuracy, "Q greedy": 100 * greedy.macro_f1}
     for i, k in enumerate(TOP):
         columns[f"top-{k}"] = 100 * counts["top"][..., i] / turns
     for kind in ("greedy", "expected"):

@@ -13,6 +13,7 @@ PLANNER_COLUMNS = (
     "top-3",
     "Q",
     "Q_W",
+    "Q greedy",
     "B",
     "B greedy",
     "B expected",
