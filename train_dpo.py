@@ -8,7 +8,8 @@ r"""Direct preference optimisation of one module, from its own SFT model:
 
 The SFT adapter is frozen and a second one, `dpo`, is trained beside it, so the reference is the
 same model with `dpo` off: one copy of the weights, and a policy that equals its reference to the
-bit before the first step. All answers of a dialogue are read as one prefix tree. Defaults are the
+bit before the first step. All answers of a dialogue are read as one prefix tree. A batch's loss is
+the mean over its pairs, by their weights (1 unless a pair says otherwise). Defaults are the
 paper's (β 0.5 for sp, 0.2 for rg, 1 epoch); it leaves open β for vanilla (0.2 here) and the rate
 (5e-6 here). Writes OUT/TASK/dpo/: one adapter, both stacked, that fits the untouched base model.
 """
@@ -105,7 +106,9 @@ def find_pairs(config: DPOConfig) -> Path:
             raise DescError(f"{mine_first}, or give --pairs FOLDER, or --pairs sample")
         print(f"{mine_first} for your own; uses a few shipped ones")
         folder = shipped
-    made_with = {"task": config.task} if folder == shipped else cli.read_config(folder)
+    made_with = cli.read_config(folder)
+    if folder == shipped:
+        made_with = {"task": config.task, "strategy_at": "turn"}
     cli.refuse_other_prompts(config, folder, made_with)
     print(f"uses the pairs in {folder}")
     return folder
@@ -172,29 +175,36 @@ def look_up(known: dict[str, list[float]], members: list[Item], device) -> torch
     return send(rows, device)
 
 
-def sum_metrics(losses, chosen, rejected, policy) -> torch.Tensor:
-    """METRICS summed over a forest's pairs: (7,). losses and rewards are (B,), policy is (B, 2)."""
-    accuracies = (chosen > rejected).float()
-    values = losses, chosen, rejected, chosen - rejected, accuracies, *policy.unbind(1)
-    return torch.stack([value.detach().sum() for value in values])
+def weights_of(members: list[Item], device) -> torch.Tensor:
+    """What these pairs count for: (B,)."""
+    return send(torch.tensor([item.weight for item in members], dtype=torch.float32), device)
+
+
+def sum_metrics(losses, chosen, rejected, policy, weights) -> torch.Tensor:
+    """METRICS summed over a forest's pairs, by their weights: (7,). policy is (B, 2), all others
+    are (B,)."""
+    values = losses.detach(), chosen, rejected, chosen - rejected, (chosen > rejected).float()
+    weighted = [weights * value for value in values]
+    weighted += (weights[:, None] * policy.detach()).unbind(1)
+    return torch.stack([value.sum() for value in weighted])
 
 
 @torch.no_grad()
 def validate(
     model, config: DPOConfig, micro_batches, known: dict[str, list[float]]
 ) -> dict[str, float]:
-    """METRICS on validation pairs."""
+    """METRICS on validation pairs: their means, by the pairs' weights."""
     model.eval()
-    sums, count = torch.zeros(len(METRICS), device=model.device), 0
+    sums, total = torch.zeros(len(METRICS), device=model.device), 0.0
     for members, forest in micro_batches:
         policy = pair_logps(model, forest)
         reference = look_up(known, members, model.device)
         losses, chosen, rejected = dpo_loss(
             *policy.unbind(1), *reference.unbind(1), config.beta, config.label_smoothing
         )
-        sums += sum_metrics(losses, chosen, rejected, policy)
-        count += len(members)
-    means = sum_over_ranks(sums).cpu() / sum_over_ranks(torch.tensor(count))
+        sums += sum_metrics(losses, chosen, rejected, policy, weights_of(members, model.device))
+        total += sum(item.weight for item in members)
+    means = sum_over_ranks(sums).cpu() / sum_over_ranks(torch.tensor(total))
     return {f"valid/{name}": value for name, value in zip(METRICS, means.tolist())}
 
 
@@ -256,6 +266,7 @@ def main():
         check()
     for batch, micro_batches in prepare_ahead(prepare, run.batches[run.step :]):
         seed_dropout(run, config)
+        total = sum(item.weight for item in batch)  # of the whole global batch
         sums, nodes = 0, 0
         for members, forest in micro_batches:  # this rank's trees
             if config.epochs > 1:
@@ -270,13 +281,14 @@ def main():
             losses, chosen, rejected = dpo_loss(
                 *policy.unbind(1), *reference.unbind(1), config.beta, config.label_smoothing
             )
+            weights = weights_of(members, device)
             # gradients are averaged over ranks; this makes the average their sum
-            (losses.sum() / len(batch) * world_size()).backward()
-            sums = sums + sum_metrics(losses, chosen, rejected, policy)
+            ((weights * losses).sum() / total * world_size()).backward()
+            sums = sums + sum_metrics(losses, chosen, rejected, policy, weights)
             nodes += forest.nodes
             run.bar.update(len(members))
         turns_cut = sum(item.turns_cut for item in batch) / world_size()
-        means = dict(zip(METRICS, sums / len(batch)))  # of this rank's pairs, over all pairs
+        means = dict(zip(METRICS, sums / total))  # this rank's part of the whole batch's means
         record = means | {"nodes": nodes, "turns_cut": turns_cut}
         clip_and_step(run, config, record, f"pairs {batch[0].id} … {batch[-1].id}")
         if is_due(run, config.eval_every) or run.step == len(run.batches):

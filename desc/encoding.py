@@ -2,7 +2,7 @@
 
 Prompt and completion are tokenised apart, so no token can straddle their boundary (trl#2054)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from desc import DescError
@@ -27,6 +27,9 @@ class Item:
     dialogue: str
     sequences: list[TokenSequence]
     turns_cut: int = 0  # exchanges dropped from the start to fit
+    # What it counts for in a loss. It is not in the repr, because a run under way is known by that
+    # (desc.training.run.begin), and those from before there were weights should go on.
+    weight: float = field(default=1.0, repr=False)
 
 
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:

@@ -65,9 +65,9 @@ class Config:
     )
 
     strategy_at: Literal[STRATEGY_PLACES] = flag(
-        "system",
-        "where rg is told its strategy: in the system message, or at the end of the last message,"
-        " so that all strategies of a turn share what comes before",
+        "turn",
+        "where rg is told its strategy: at the end of the last message, so that all strategies of a"
+        " turn share what comes before, or in the system message, as in the paper's release",
     )
     date: str = flag(
         "auto",
@@ -187,8 +187,8 @@ class TrainConfig(TaskConfig):
 
     batch_size: int = flag(
         32,
-        "examples (SFT) or pairs (DPO) in a step; with --share dialogue whole dialogues, as near to"
-        " it as they come",
+        "examples (SFT), or pairs by their weights (DPO), in a step; with --share dialogue whole"
+        " dialogues, as near to it as they come",
         at_least=1,
         at_most=MANY,
     )

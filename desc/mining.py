@@ -170,7 +170,7 @@ def route(
     dialogues: Iterable[tuple[Dialogue, list[Answer]]],
     domain: Domain,
     least_confidence: float = 0.0,
-    strategy_at: str = "system",
+    strategy_at: str = "turn",
 ) -> Routed:
     """The pairs that dialogues' answers make: chosen is the human answer, rejected the modules'.
 

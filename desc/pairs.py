@@ -1,6 +1,7 @@
 """A preference pair, and the files that hold pairs: ours, and others in TRL's format."""
 
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -26,19 +27,25 @@ class Pair:
     prompt: Messages
     chosen: str
     rejected: str
+    weight: float = 1.0  # what the pair counts for in a loss; other tools ignore it
 
     def record(self) -> dict:
+        """As a JSON value. A weight of 1 is left out."""
         answers = {
             name: [{"role": "assistant", "content": getattr(self, name)}]
             for name in ("chosen", "rejected")
         }
-        return asdict(self) | answers
+        facts = asdict(self) | answers
+        if self.weight == 1:
+            del facts["weight"]
+        return facts
 
 
 def encode_pair(tokenizer, pair: Pair, max_length: int, speakers: tuple[str, str]) -> Item:
     """The chosen and the rejected answer to one prompt, for DPO. `speakers` as in encode."""
     answers = [pair.chosen, pair.rejected]
-    return encode(tokenizer, pair.id, pair.dialogue, pair.prompt, answers, max_length, speakers)
+    item = encode(tokenizer, pair.id, pair.dialogue, pair.prompt, answers, max_length, speakers)
+    return replace(item, weight=pair.weight)
 
 
 def read_pairs(path: Path, task: str) -> list[Pair]:
@@ -51,6 +58,7 @@ def read_pairs(path: Path, task: str) -> list[Pair]:
     - A string stands for one message: as the prompt the user's, as an answer the assistant's.
     - `id`, `dialogue`, `turn`, `strategy`, `error` and `task` may be missing or null. A line
       without an id is called "line 3", and is a dialogue of its own unless it names one.
+    - `weight`, what the pair counts for in a loss, is 1 if it is missing or null.
     - Other columns, and other fields of a message, are ignored.
 
     Raises DescError naming the line that holds no such pair, one of another task, or an id that
@@ -103,7 +111,7 @@ def read_pair(record, task: str, name: str, where: str) -> Pair:
         raise DescError(f"{where}: the prompt ends with the assistant's message, not the user's")
     if record.get("task") not in (None, task):
         raise DescError(f"{where} is of task {record['task']!r}, not {task!r}")
-    facts = read_facts(record, name, where)
+    facts = read_facts(record, name, where) | {"weight": read_weight(record, where)}
     (chosen,), (rejected,) = answers
     return Pair(
         task=task, prompt=prompt, chosen=chosen["content"], rejected=rejected["content"], **facts
@@ -148,3 +156,15 @@ def read_facts(record: dict, name: str, where: str) -> dict:
         else:
             facts[fact] = read_field(record, fact, str, where)
     return facts
+
+
+def read_weight(record: dict, where: str) -> float:
+    """The weight of a line's pair. Raises DescError if it is no positive, finite number."""
+    value = record.get("weight")
+    if value is None:
+        return 1.0
+    if type(value) in (int, float) and 0 < value <= sys.float_info.max:
+        return float(value)
+    raise DescError(
+        f"{where}: field 'weight' should be a positive, finite number, not {describe(value)}"
+    )

@@ -14,7 +14,7 @@ from desc.esconv import Dialogue, flatten
 TASKS = ("sp", "rg", "vanilla")
 # Where rg is told its strategy: in the last message, so that all of them share what comes before,
 # or in the system message, as in the paper's release.
-STRATEGY_PLACES = ("system", "turn")
+STRATEGY_PLACES = ("turn", "system")
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": …}, …]
 
 RESPONDER = (
@@ -50,7 +50,7 @@ def build_messages(
     turn: int,
     strategy: str | None = None,
     domain: Domain = ESCONV,
-    strategy_at: str = "system",
+    strategy_at: str = "turn",
 ) -> Messages:
     """What the module of `task` reads before supporter turn `turn`, with the human history.
     `strategy` is for rg alone, and so is where it stands, `strategy_at` (STRATEGY_PLACES)."""
@@ -104,7 +104,7 @@ def build_completion(task: str, strategy: str, reply: str) -> str:
 
 
 def build_examples(
-    task: str, dialogues: list[Dialogue], domain: Domain = ESCONV, strategy_at: str = "system"
+    task: str, dialogues: list[Dialogue], domain: Domain = ESCONV, strategy_at: str = "turn"
 ) -> list[Example]:
     """Every supporter turn of every dialogue, with the human answer as its completion."""
     examples = []

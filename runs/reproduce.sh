@@ -1,29 +1,62 @@
 #!/usr/bin/env bash
 # The tables of docs/results.md on ESConv: SmolLM2-135M on a CPU, in some hours. Killed and run
-# again, it goes on where it was.
-#   runs/reproduce.sh ESConv.json split.json [training dialogues of the planner: 400]
+# again, it goes on where it was. What came out of it here lies in docs/experiments.jsonl.
+#   runs/reproduce.sh ESConv.json split.json [training dialogues of planners: 200] [seeds: "0 1 2"]
 # For a 7B model on GPUs take the four steps of README.md with the scripts' defaults instead: they
 # are the paper's.
 set -euo pipefail
-[ $# -ge 2 ] || { echo "usage: $0 ESConv.json split.json [training dialogues]" >&2; exit 2; }
-data="--data $(realpath "$1") --split-file $(realpath "$2") --out out/esconv"
+[ $# -ge 2 ] || { echo "usage: $0 ESConv.json split.json [dialogues] [seeds]" >&2; exit 2; }
+esconv="--data $(realpath "$1") --split-file $(realpath "$2")"
 cd "$(dirname "$0")/.."
 runs/install.sh
 # the last file that a step leaves, and the step
-step() { [ -e "out/esconv/$1" ] || "${VENV:-.venv}/bin/python" "${@:2}"; }
+step() { [ -e "$1" ] || "${VENV:-.venv}/bin/python" "${@:2}"; }
+many="--train-dialogues ${3:-200}"
+few="--train-dialogues 60" # of what writes replies
+sft="--lr 5e-4 --epochs 1 --dropout 0 --save-every 10"
+dpo="--lr 5e-5 --epochs 1 --dropout 0 --save-every 10 --eval-every 10 --keep last"
 
-sp="--task sp $data --eval-dialogues 20"
-some="--train-dialogues ${3:-400}"
-train="$sp --dropout 0 --save-every 10"
-step sp/sft/last/config.json train_sft.py $train $some --eval-every 60 --lr 5e-4 --epochs 1
-step sp/config.json mine_preferences.py $sp $some
-step sp/dpo/last/config.json train_dpo.py $train --eval-every 20 --lr 5e-5
+for seed in ${4:-0 1 2}; do
+  out=out/esconv/$seed
+  data="$esconv --seed $seed"
 
-rg="--task rg $data --eval-dialogues 4"
-some="--train-dialogues 60"
-train="$rg --dropout 0 --save-every 10"
-step rg/sft/last/config.json train_sft.py $train $some --lr 5e-4 --epochs 1
-step rg/config.json mine_preferences.py $rg $some --max-new-tokens 64
-step rg/dpo/last/config.json train_dpo.py $train --eval-every 10 --lr 5e-5
-step eval/results.json evaluate.py $data --reply-dialogues 40 --max-new-tokens 64 --seeds 3 \
-    --report out/esconv/report.html
+  # The planner, as published: beta 0.5, errors drawn at T 0.7.
+  sp="--task sp $data --eval-dialogues 20"
+  step $out/sp/sft/config.json train_sft.py $sp --out $out $many $sft
+  step $out/sp/config.json mine_preferences.py $sp --out $out $many
+  step $out/sp/dpo/config.json train_dpo.py $sp --out $out $dpo
+
+  # The planner by the law of self-mined pairs: beta 1, all errors at T 1 (docs/tour.md, section 7).
+  law=$out/law
+  if [ ! -e $law/sp/sft/config.json ]; then mkdir -p $law/sp; cp -r $out/sp/sft $law/sp; fi
+  exact="--exact --temperature 1 --top-p 1"
+  step $law/sp/config.json mine_preferences.py $sp --out $law $many $exact
+  step $law/sp/dpo/config.json train_dpo.py $sp --out $law $dpo --beta 1
+
+  # One model for both. Its mining writes replies, so it has fewer dialogues.
+  vanilla="--task vanilla $data --eval-dialogues 4 --out $out"
+  step $out/vanilla/sft/config.json train_sft.py $vanilla $many $sft
+  step $out/vanilla/config.json mine_preferences.py $vanilla $few --max-new-tokens 64
+  step $out/vanilla/dpo/config.json train_dpo.py $vanilla $dpo
+
+  step $out/eval/results.json evaluate.py $data --out $out --reply-dialogues -1 --seeds 3 \
+      --calibrate frequencies --report $out/report.html --systems \
+      vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft \
+      sft=sp:$out/sp/sft dpo=sp:$out/sp/dpo dpo-early=sp:$out/sp/dpo/best law=sp:$law/sp/dpo
+done
+
+# The generator, and all replies, with the first seed's planners.
+seed=${4:-0}
+seed=${seed%% *}
+out=out/esconv/$seed
+rg="--task rg $esconv --seed $seed --out $out --eval-dialogues 4"
+step $out/rg/sft/config.json train_sft.py $rg $few $sft
+step $out/rg/config.json mine_preferences.py $rg $few --max-new-tokens 64
+step $out/rg/dpo/config.json train_dpo.py $rg $dpo
+replies=out/esconv/replies
+step $replies/eval/results.json evaluate.py $esconv --seed $seed --out $replies --eval-dialogues 40 \
+    --max-new-tokens 64 --seeds 3 --report $replies/report.html --systems \
+    vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft \
+    sft=sp:$out/sp/sft,rg:$out/rg/sft dpo=sp:$out/sp/dpo,rg:$out/rg/dpo
+"${VENV:-.venv}/bin/python" benchmarks/experiments.py --record out/esconv/*/eval \
+    --plot out/esconv/frontier.png --file out/esconv/experiments.jsonl

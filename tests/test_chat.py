@@ -4,14 +4,17 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
 from scripts import command, run
 from tokenizers import decoders, pre_tokenizers
 
+from desc.calibration import Calibration
 from desc.chat import conversation as chat
 from desc.chat.safety import CRISIS, OPENING, in_danger
 from desc.domain import ESCONV, Strategies
@@ -49,6 +52,26 @@ def start(toy, out):
         return chat.Chat(model, toy[1], config, ESCONV, chat.attach(model, config))
 
     return start
+
+
+def test_a_calibrated_planner_shows_what_it_draws_from(start, out):
+    """With one strategy 3 nats likelier than before, and the others alike among themselves."""
+    plain, shifted = start(), start()
+    offsets = torch.zeros(8, dtype=torch.float64)
+    offsets[2] = 3
+    shifted.calibration = Calibration(1.0, offsets)
+    dialogue = Dialogue("", (Turn("seeker", "My dog died."),))
+    shown = []
+    for conversation in (plain, shifted):
+        with redirect_stdout(StringIO()) as printed:
+            conversation.plan(dialogue)
+        shown.append([float(share) for _, share, _ in re.findall(BAR, printed.getvalue(), re.M)])
+    before, after = (torch.tensor(shares) for shares in shown)
+    expected = (before.log() + offsets).softmax(0) * 100
+    torch.testing.assert_close(after.double(), expected, atol=0.15, rtol=0.02)
+    flags = ("--model", "toy", "--out", out, "--calibrate", "prior")
+    printed = run("desc.chat", *flags, stdin="", fails=True)
+    assert "sp/sft/validation.jsonl is missing" in printed
 
 
 def test_a_piped_conversation(out, tmp_path):

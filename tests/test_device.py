@@ -58,7 +58,7 @@ def dpo_step(model, forest, run):
     policy = train_dpo.pair_logps(model, forest)
     losses, chosen, rejected = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta=0.5)
     losses.mean().backward()
-    sums = train_dpo.sum_metrics(losses, chosen, rejected, policy)
+    sums = train_dpo.sum_metrics(losses, chosen, rejected, policy, torch.ones_like(losses))
     record = dict(zip(train_dpo.METRICS, sums)) | {"nodes": len(forest.ids)}
     clip_and_step(run, CONFIG, record, "pairs")
 

@@ -211,13 +211,13 @@ def test_the_modules_read_the_domains_words(quiz):
     assert user["content"] == f"pupil: Ready.\nquiz master: What is 2 + 2?\n{said}"
     assert drop_oldest([user], quiz.speakers) == [{"role": "user", "content": said}]
     assert drop_oldest([user], ESCONV.speakers) is None
-    system = build_messages("rg", TALK, 1, "Ask", quiz)[0]["content"]
+    system = build_messages("rg", TALK, 1, "Ask", quiz, "system")[0]["content"]
     assert system == (
         "You lead a quiz {of sorts}. You are given a reference strategy, and your reply follows it."
         " The strategies are: Ask, Tell {it}. Your current strategy is: Ask"
     )
     for system in (
-        build_messages("rg", TALK, 1, "Ask", quiz, "turn")[0]["content"],
+        build_messages("rg", TALK, 1, "Ask", quiz)[0]["content"],
         build_messages("vanilla", TALK, 1, domain=quiz)[0]["content"],
     ):
         assert system.startswith("You lead a quiz {of sorts}. E") and "Tell {it}" in system

@@ -57,7 +57,7 @@ def test_planner_reads_one_flat_message_without_strategies():
 
 
 def test_generator_reads_a_chat_without_tags_and_its_strategy_in_the_system_message():
-    messages = build_messages("rg", TINY, 2, "Information")
+    messages = build_messages("rg", TINY, 2, "Information", strategy_at="system")
     assert roles(messages) == ["system", "user", "assistant", "user", "assistant", "user"]
     texts = [
         "I lost my job.\nIt was on Monday.",
@@ -296,14 +296,11 @@ def test_what_vanilla_writes_is_read_back():
         assert ESCONV.strategies.parse(build_completion("sp", name, "")) == name
 
 
-def test_the_strategy_may_stand_in_the_last_message():
+def test_the_strategy_stands_in_the_last_message():
     """Then all strategies of a turn share everything before it. The other tasks know no such
     place."""
-    at_turn = [
-        build_messages("rg", TINY, 2, strategy, strategy_at="turn")
-        for strategy in ("Question", "Others")
-    ]
-    in_system = build_messages("rg", TINY, 2, "Question")
+    at_turn = [build_messages("rg", TINY, 2, strategy) for strategy in ("Question", "Others")]
+    in_system = build_messages("rg", TINY, 2, "Question", strategy_at="system")
     assert at_turn[0][:-1] == at_turn[1][:-1]
     assert at_turn[0][-1]["content"] == (
         in_system[-1]["content"] + "\n\n(Strategy of your reply: Question)"
@@ -312,4 +309,5 @@ def test_the_strategy_may_stand_in_the_last_message():
     assert "current strategy" not in at_turn[0][0]["content"]
     assert "Providing Suggestions" in at_turn[0][0]["content"]
     for task in ("sp", "vanilla"):
-        assert build_messages(task, TINY, 1, strategy_at="turn") == build_messages(task, TINY, 1)
+        in_system = build_messages(task, TINY, 1, strategy_at="system")
+        assert build_messages(task, TINY, 1) == in_system

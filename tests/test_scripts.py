@@ -4,6 +4,7 @@ The four scripts run one after another, as a user runs them, on the toy model an
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,51 @@ def test_systems_are_compared_on_the_same_turns(out):
     assert "no row has both" in run(
         "evaluate.py", "--correlate", out / "eval" / "ratings.csv", fails=True
     )
+
+
+def test_a_calibrated_planner_stands_beside_itself(out):
+    """All its log-probabilities are shifted by the same offsets, up to a constant of the turn."""
+    planner = f"sft=sp:{out}/sp/sft,rg:{out}/rg/sft"
+    flags = ("--eval-dialogues", 2, "--reply-dialogues", 1, "--calibrate", "frequencies")
+    evaluate(out, *flags, "--systems", planner, "base=sp:base")
+    results = read_results(out)
+    names = ["training frequencies", "sft", "sft calibrated", "base"]
+    assert list(results["systems"]) == names
+    assert list(results["frontiers"]) == ["sft", "base"]
+    assert list(results["frontiers"]["base"]) == ["none"]
+    _, *records = lines(out / "eval" / "answers.jsonl")
+    shifts = []
+    for record in records:
+        raw, calibrated = (record["systems"][name]["logps"] for name in names[1:3])
+        shifts += [[b - a for a, b in zip(*rows)] for rows in zip(raw, calibrated)]
+    offsets = [[value - shift[0] for value in shift] for shift in shifts]
+    assert len(offsets) > 2 and max(map(abs, offsets[0])) > 0.1
+    for each in offsets:
+        assert each == pytest.approx(offsets[0], abs=1e-4)
+    free = ("--calibrate", "prior", "--decode", "free", "--systems", planner)
+    printed = run("evaluate.py", "--model", "toy", "--out", out, *free, fails=True)
+    assert "--calibrate needs --decode scored" in printed
+
+
+def test_a_calibrated_planner_is_mined(out, tmp_path):
+    """Its errors are others, with the same seed; and only a planner that is here is calibrated."""
+    shutil.copytree(out / "sp" / "sft", tmp_path / "sp" / "sft")
+    mine = ("mine_preferences.py", "--model", "toy", "--train-dialogues", 3, "--eval-dialogues", 1)
+    run(*mine, "--task", "sp", "--out", tmp_path, "--calibrate", "frequencies")
+    drawn = [
+        [
+            answer["strategy"]
+            for line in lines(place / "sp" / "answers.jsonl")[1:]
+            for answer in line["answers"]
+        ]
+        for place in (out, tmp_path)
+    ]
+    assert len(drawn[0]) == len(drawn[1]) and drawn[0] != drawn[1]
+    printed = run(*mine, "--task", "rg", "--out", out, "--calibrate", "frequencies", fails=True)
+    assert "--calibrate needs a planner that answers here" in printed
+    (tmp_path / "sp" / "sft" / "validation.jsonl").unlink()
+    again = (*mine, "--task", "sp", "--out", tmp_path, "--calibrate", "prior")
+    assert "validation.jsonl is missing" in run(*again, fails=True)
 
 
 def test_free_decoding_reports_what_could_not_be_parsed(out):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from scripts import ROOT, run
+from scripts import ROOT, lines, run
 
 from desc import DescError, cli, flags
 from desc.storage.files import write_json
@@ -197,17 +197,21 @@ def test_an_artefact_with_the_strategy_in_another_place_is_refused(made_with, gi
         cli.refuse_other_prompts(config, Path("out/rg/sft"), made_with)
 
 
-def test_the_shipped_pairs_have_their_strategy_in_the_system_message(tmp_path):
-    options = ("--task", "rg", "--model", "toy", "--out", tmp_path, "--strategy-at", "turn")
+def test_the_shipped_pairs_have_their_strategy_in_the_last_message(tmp_path):
+    for pair in lines(ROOT / "desc" / "data" / "rg" / "pairs.jsonl"):
+        assert pair["prompt"][-1]["content"].endswith(
+            f"(Strategy of your reply: {pair['strategy']})"
+        )
+    options = ("--task", "rg", "--model", "toy", "--out", tmp_path, "--strategy-at", "system")
     printed = run("train_dpo.py", *options, fails=True)
-    assert "was made with --strategy-at system; give that flag, or make it again" in printed
+    assert "was made with --strategy-at turn; give that flag, or make it again" in printed
 
 
 def test_pairs_with_the_strategy_in_another_place_are_refused(tmp_path):
-    write_json(tmp_path / "config.json", {"task": "rg", "strategy_at": "turn"})
+    write_json(tmp_path / "config.json", {"task": "rg", "strategy_at": "system"})
     options = ("--task", "rg", "--model", "toy", "--sft", "base", "--pairs", tmp_path)
     printed = run("train_dpo.py", *options, "--out", tmp_path, fails=True)
-    assert f"{tmp_path}: was made with --strategy-at turn" in printed
+    assert f"{tmp_path}: was made with --strategy-at system" in printed
 
 
 def test_own_data_needs_its_own_adapters_and_pairs(tmp_path):

@@ -48,7 +48,7 @@ def test_all_that_cannot_be_encoded_is_counted_and_the_first_named():
 def test_batches_are_whole_dialogues_when_sharing_by_dialogue():
     """Dialogues have 5 examples each, and the batch size is 12. Two dialogues make 10. A third
     would make 15, which is further from 12. Every example comes once."""
-    examples = [SimpleNamespace(dialogue=str(i // 5), turn=i % 5) for i in range(35)]
+    examples = [SimpleNamespace(dialogue=str(i // 5), turn=i % 5, weight=1) for i in range(35)]
     batches = make_batches(examples, 12, "dialogue", seed=0, epoch=0)
     assert [len(batch) for batch in batches] == [10, 10, 10, 5]
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, examples))
@@ -59,7 +59,7 @@ def test_batches_are_whole_dialogues_when_sharing_by_dialogue():
 
 
 def test_batches_are_exact_otherwise():
-    examples = [SimpleNamespace(dialogue=str(i // 5)) for i in range(35)]
+    examples = [SimpleNamespace(dialogue=str(i // 5), weight=1) for i in range(35)]
     batches = make_batches(examples, 12, "pair", seed=0, epoch=0)
     assert [len(batch) for batch in batches] == [12, 12, 11]
     assert sorted(map(id, sum(batches, []))) == sorted(map(id, examples))

@@ -42,26 +42,25 @@ def encode_all(encode: Callable, examples: list, unit: str) -> list[Item]:
 
 
 def make_batches(examples: list, batch_size: int, share: str, seed: int, epoch: int) -> list[list]:
-    """A shuffled epoch of examples or pairs, cut into batches.
+    """A shuffled epoch of examples or pairs, cut into batches. Their weights are counted, so with
+    weights of 1 their number.
 
     With share "dialogue" a batch is whole dialogues, because one that is cut in two is read twice.
-    A batch is closed if one more dialogue would take it further from `batch_size`."""
-    shuffle = random.Random(f"{seed}/{epoch}").shuffle
-    if share != "dialogue":
-        examples = list(examples)
-        shuffle(examples)
-        return [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    dialogues: dict[str, list] = {}
-    for example in examples:
-        dialogues.setdefault(example.dialogue, []).append(example)
-    groups = list(dialogues.values())
-    shuffle(groups)
-    batches: list[list] = [[]]
+    A batch is closed if one more dialogue, or example, would take it further from `batch_size`."""
+    grouped: dict[object, list] = {}
+    for number, example in enumerate(examples):
+        group = example.dialogue if share == "dialogue" else number
+        grouped.setdefault(group, []).append(example)
+    groups = list(grouped.values())
+    random.Random(f"{seed}/{epoch}").shuffle(groups)
+    batches, size = [[]], 0
     for group in groups:
-        size = len(batches[-1])
-        if size and size + len(group) - batch_size > batch_size - size:
+        added = sum(example.weight for example in group)
+        if batches[-1] and size + added - batch_size > batch_size - size:
             batches.append([])
+            size = 0
         batches[-1].extend(group)
+        size += added
     return batches
 
 

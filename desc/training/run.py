@@ -110,7 +110,8 @@ def begin(
     adamw = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(trained.values(), **adamw)
     settings = training_settings(config) | {"base": base_digest(model.name_or_path)}
-    settings["input"] = work_key(examples, reference)
+    weights = [f"{item.id} weighs {item.weight}" for item in examples if item.weight != 1]
+    settings["input"] = work_key(examples, reference, *weights)
     run = Run(batches, trained, optimizer, folder, settings)
     claim_folders(folder)
     resume(run)

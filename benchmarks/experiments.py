@@ -1,0 +1,196 @@
+"""Experiments as small records: one line for each system of an evaluation, with what made it, and
+tables and a figure made from the lines.
+
+    python benchmarks/experiments.py --record out/esconv/0/eval out/esconv/1/eval
+    python benchmarks/experiments.py --plot docs/frontier.png
+
+The lines lie in --file. Those of several machines add up, and one that is there already is not
+added again. A system's lines differ by the seed of its training. The tables give the mean over
+these seeds and a 95 % interval, whose half-width is √(dialogues² + seeds²): the mean half-width of
+each line's own interval (bootstrap over test dialogues), and Student's t times the standard error
+of the seeds. One seed says nothing of the second part, so its interval is marked with a *."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from contest import machine
+
+from desc import DescError, cli
+from desc.evaluation.figures import load_matplotlib
+from desc.evaluation.scores import FREQUENCIES
+from desc.evaluation.tables import JUDGE_COLUMNS, TEXT_COLUMNS, decimals
+from desc.flags import flag, parse
+from desc.storage.files import parse as parse_json
+from desc.storage.files import read_lines, read_text, write_lines
+from desc.storage.journal import read_metrics, work_key
+
+PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + ["Q greedy", "B", "B expected", "nll", "ece"]
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 %, by seeds
+COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777")
+
+
+@dataclass
+class Config:
+    record: list[str] = flag([], "folders of evaluations (OUT/eval) whose systems become lines")
+    file: str = flag("docs/experiments.jsonl", "the lines")
+    plot: str | None = flag(
+        None, "a file for the figure of the frontiers; needs the extra `report`"
+    )
+
+
+def read_record(path: Path) -> dict:
+    return parse_json(read_text(path), f"{path}:")
+
+
+def made_with(folder: Path) -> dict:
+    """What made an adapter: its flags, the steps and seconds of its training and, after DPO, the
+    same of its pairs and of its SFT adapter."""
+    flags = cli.read_config(folder)
+    made = {"flags": {name: value for name, value in flags.items() if value not in (None, [])}}
+    metrics = [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+    made["steps"] = metrics[-1]["step"]
+    made["seconds"] = round(metrics[-1]["time"] - metrics[0]["time"])
+    made["nodes"] = round(sum(record["nodes"] for record in metrics))
+    if "beta" in flags:
+        home = Path(flags["out"]) / flags["task"]
+        pairs = Path(flags["pairs"]) if flags["pairs"] else home
+        mined = read_record(pairs / "mining.json")
+        made["mining"] = {"flags": cli.read_config(pairs), "pairs": mined["pairs"]}
+        made["sft"] = made_with(Path(flags["sft"]) if flags["sft"] else home / "sft")
+    return made
+
+
+def make_lines(folder: Path) -> list[dict]:
+    """The lines of an evaluation's systems; the frequencies' is the first. Raises DescError if a
+    file is missing."""
+    results = read_record(folder / "results.json")
+    facts, lines = results["facts"], []
+    given = dict(system.split("=", 1) for system in facts["systems"])
+    asked = {"seed", "temperature", "top_p", "seeds", "dtype", "test dialogues", "test data"}
+    evaluation = {name: facts[name] for name in sorted(asked | {"decode", "max_new_tokens"})}
+    config = Config()
+    config.dtype = facts["dtype"]
+    for name, row in results["systems"].items():
+        adapters = dict(
+            part.split(":", 1)
+            for part in given.get(name.removesuffix(" calibrated"), "").split(",")
+            if ":" in part
+        )
+        made = {task: made_with(Path(path)) for task, path in adapters.items() if "/" in path}
+        seeds = [part["flags"]["seed"] for part in made.values()]
+        line = {"system": name, "seed": seeds[0] if seeds else 0, "made": made}
+        line |= {"adapters": facts["adapters"].get(name, {}), "evaluation": evaluation}
+        line |= {"calibrate": facts["calibrate"], "machine": machine(config), "scores": row}
+        line |= {"frontier": results["frontiers"].get(name)}
+        lines.append(line)
+    return lines
+
+
+def identity(line: dict) -> str:
+    """What makes two lines the same experiment."""
+    return work_key(*(line[name] for name in ("system", "seed", "adapters", "evaluation")))
+
+
+def group_lines(lines: list[dict]) -> dict[str, list[dict]]:
+    """The lines of each system, in the order in which systems come first."""
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        groups.setdefault(line["system"], []).append(line)
+    return groups
+
+
+def mean_and_half_width(values: list[float], limits: list) -> tuple[float, float | None]:
+    """The mean over seeds, and half of its interval as the module says; None if no line has one."""
+    mean = statistics.mean(values)
+    if any(limit is None or None in limit for limit in limits):
+        return mean, None
+    dialogues = statistics.mean((high - low) / 2 for low, high in limits)
+    seeds = 0.0
+    if len(values) > 1:
+        seeds = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, math.hypot(dialogues, seeds)
+
+
+def cell(lines: list[dict], column: str, difference: bool = False) -> str:
+    """A column's mean over the lines of a system; or of its differences to the first system."""
+    rows = [line["scores"] for line in lines]
+    if difference:
+        found = [row.get(f"{column} difference") for row in rows]
+        if None in found:
+            return ""
+        values, limits = [value for value, *_ in found], [limits for _, *limits in found]
+    else:
+        if any(column not in row for row in rows):
+            return ""
+        values = [row[column] for row in rows]
+        limits = [row.get(f"{column} interval") for row in rows]
+    mean, half = mean_and_half_width(values, limits)
+    digits = decimals(column)
+    sign = "+" if difference else ""
+    shown = f"{mean:{sign}.{digits}f}".replace("-", "−")
+    if half is None:
+        return shown
+    return f"{shown} ± {half:.{digits}f}{'*' if len(values) == 1 else ''}"
+
+
+def table(groups: dict[str, list[dict]], columns, difference: bool = False) -> str:
+    """One line per system; "" if no system has any of the columns."""
+    body = []
+    for name, lines in groups.items():
+        cells = [cell(lines, column, difference) for column in columns]
+        if any(cells):
+            body.append([name, str(len(lines)), *cells])
+    return cli.markdown([["system", "seeds", *columns], *body]) if body else ""
+
+
+def draw(groups: dict[str, list[dict]], path: str) -> None:
+    """Q over B of each system at all temperatures, the mean over its seeds: as it is (solid), and
+    with offsets by frequencies (dashed)."""
+    matplotlib = load_matplotlib()
+    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
+    plot = figure.add_subplot()
+    drawn = {name: lines for name, lines in groups.items() if lines[0]["frontier"]}
+    for (name, lines), colour in zip(drawn.items(), COLOURS):
+        for way, style in (("none", "-o"), ("frequencies", "--s")):
+            curves = [line["frontier"].get(way) for line in lines]
+            if None in curves:
+                continue
+            xs, ys = (
+                [statistics.mean(point[axis] for point in points) for points in zip(*curves)]
+                for axis in "BQ"
+            )
+            label = name if way == "none" else None
+            plot.plot(xs, ys, style, color=colour, label=label, markersize=3.5, linewidth=1.2)
+    plot.set(xlabel="B, expected (0: as frequent as people)", ylabel="Q, expected (%)")
+    plot.legend(fontsize=8, title="solid: as it is, dashed: with offsets", title_fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    config = parse(Config)
+    path = Path(config.file)
+    lines = list(read_lines(path).values()) if path.exists() else []
+    known = {identity(line) for line in lines}
+    for folder in config.record:
+        new = [line for line in make_lines(Path(folder)) if identity(line) not in known]
+        known |= {identity(line) for line in new}
+        lines += new
+        print(f"{folder}: {len(new)} new lines")
+    if config.record:
+        write_lines(path, lines)
+    if not lines:
+        raise DescError(f"{path}: holds no line; give --record OUT/eval of an evaluation")
+    groups = group_lines(lines)
+    for columns in (PLANNER_COLUMNS, TEXT_COLUMNS, JUDGE_COLUMNS):
+        without = {name: group for name, group in groups.items() if name != FREQUENCIES}
+        shown = table(groups if columns is PLANNER_COLUMNS else without, columns)
+        print(shown, end="\n\n" if shown else "")
+    print(f"Differences to the first system\n\n{table(groups, PLANNER_COLUMNS, difference=True)}")
+    if config.plot:
+        draw(groups, config.plot)
+
+
+if __name__ == "__main__":
+    cli.run(main)
