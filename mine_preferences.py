@@ -13,6 +13,9 @@ history (T 0.7, top_p 0.95, one sample, as the paper does). --routing says what 
     paper       both answer together, and what the annotator finds decides whose fault it is
     all-to-rg   the ablation: every error is the generator's
 
+With --exact a planner's strategies are not drawn. Every wrong one makes a pair, which weighs as
+much as it is likely, so DPO's loss is what it would be over all draws on average.
+
 Writes OUT/TASK/pairs.jsonl, pairs.valid.jsonl and mining.json. Keeps every answer with its
 annotation in answers.jsonl (in OUT/mined if the modules answer together). Killed and run again, it
 goes on where it was. Test dialogues are never mined, because that would leak.
@@ -35,7 +38,15 @@ from desc.judging.annotator import make_annotator
 from desc.judging.endpoint import Endpoint
 from desc.judging.forms import refuse_edited
 from desc.judging.sampler import EndpointSampler
-from desc.mining import ROUTINGS, Answer, account, annotate, answer_dialogue, route
+from desc.mining import (
+    ROUTINGS,
+    Answer,
+    account,
+    annotate,
+    answer_dialogue,
+    route,
+    weigh_strategies,
+)
 from desc.sampling import LocalSampler
 from desc.storage.adapters import adapter_digest
 from desc.storage.base import base_digest
@@ -62,6 +73,11 @@ class MineConfig(SampleConfig, AskConfig, TaskConfig):
         " shipped sample does without an adapter",
     )
     samples: int = flag(1, "answers per turn; equal ones make one pair", at_least=1, at_most=1000)
+    exact: bool = flag(
+        False,
+        "for --task sp: draw no strategy, but make a pair of each wrong one, weighted by how often"
+        " it would be drawn",
+    )
     min_confidence: float = flag(
         0.0, "annotations that are less sure make no pair", at_least=0, at_most=1
     )
@@ -112,6 +128,13 @@ def check_flags(config: MineConfig) -> None:
     local_planner = config.sampler == "local" and (config.together or config.task != "rg")
     if config.calibrate != "none" and not local_planner:
         raise DescError("--calibrate needs a planner that answers here, with --sampler local")
+    needed = {"task": "sp", "routing": "released", "sampler": "local", "samples": 1}
+    for name, value in (needed | {"annotator": "none"}).items():
+        if config.exact and getattr(config, name) != value:
+            raise DescError(
+                f"--exact makes pairs of a planner's whole distribution, so it needs --{name}"
+                f" {value}, not {getattr(config, name)}"
+            )
     if config.review:
         refuse_edited(config.review_file)
 
@@ -157,7 +180,7 @@ def write_pairs(config: MineConfig, file: str, answered, domain: Domain) -> None
     routed = route(
         config.task, config.routing, answered, domain, config.min_confidence, config.strategy_at
     )
-    write_lines(config.folder / file, [pair.record() for pair in routed.pairs])
+    write_lines(config.folder / file, (pair.record() for pair in routed.pairs))
     counts = account(config.task, routed, domain)
     if file == "pairs.jsonl":
         write_json(config.folder / "mining.json", counts)
@@ -212,7 +235,12 @@ def main():
     mine = journal.left_for_me(work)
     bar = cli.progress(model, len(mine), f"mine {config.task}", "dialogues")
     for key, dialogue in mine:
-        answers = answer_dialogue(sampler, config.task, config.routing, dialogue, config.samples)
+        if config.exact:
+            answers = weigh_strategies(sampler, dialogue)
+        else:
+            answers = answer_dialogue(
+                sampler, config.task, config.routing, dialogue, config.samples
+            )
         if annotator and (config.together or config.task != "sp"):
             answers = annotate(annotator, config.routing, dialogue, answers)
         record = {"key": key, "split": split_of[key], "dialogue": dialogue.id}

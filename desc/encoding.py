@@ -3,6 +3,7 @@
 Prompt and completion are tokenised apart, so no token can straddle their boundary (trl#2054)."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from desc import DescError
@@ -37,7 +38,13 @@ def encode_prompt(tokenizer, messages: Messages) -> list[int]:
 
     Raises DescError if the template cannot render these messages."""
     plain = [{**message, "content": defuse(tokenizer, message["content"])} for message in messages]
-    return tokenizer(render(tokenizer, plain), add_special_tokens=False).input_ids
+    return tokenize(tokenizer, render(tokenizer, plain))
+
+
+@lru_cache  # all pairs of a turn, which follow each other, have the same prompt
+def tokenize(tokenizer, text: str) -> list[int]:
+    """`text` as token ids, in a list that is shared, so it must not be changed."""
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode_completion(tokenizer, text: str, end: bool) -> list[int]:
@@ -51,14 +58,16 @@ def encode_completion(tokenizer, text: str, end: bool) -> list[int]:
     return encode_after(tokenizer, form.opening, text + form.trail) + [form.end]
 
 
+@lru_cache  # a planner's answers are few
 def encode_after(tokenizer, opening: str, text: str) -> list[int]:
-    """`text` as token ids, as it follows `opening`, with no token of both.
+    """`text` as token ids, as it follows `opening`, with no token of both. The list is shared, so
+    it must not be changed.
 
     Tokenizers like Llama 2's put a blank before a text that follows nothing."""
     before, both = tokenizer([opening, opening + text], add_special_tokens=False).input_ids
     if both[: len(before)] == before:
         return both[len(before) :]
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenize(tokenizer, text)
 
 
 def decode(tokenizer, ids: list[int]) -> str:

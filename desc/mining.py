@@ -50,6 +50,9 @@ class Answer:
     reply: str
     judged: Annotation | None = None
     human: Annotation | None = None  # of the human answer, if the routing asks for it
+    # 1 if it was drawn (an int, so that counts of drawn answers are whole numbers). Otherwise how
+    # often it would be drawn (weigh_strategies).
+    weight: float = 1
 
     @staticmethod
     def read(record: dict) -> "Answer":
@@ -86,6 +89,19 @@ def answer_dialogue(
         for i, reply in zip(readable, replied):
             replies[i] = reply
     return [Answer(*answer) for answer in zip(turns, planned, replies)]
+
+
+def weigh_strategies(sampler, dialogue: Dialogue) -> list[Answer]:
+    """All strategies that a planner may draw at every supporter turn, each with its probability as
+    its weight (sampler: desc.sampling.LocalSampler).
+
+    Sums over these answers are what sums over drawn answers are on average."""
+    answers = []
+    for turn, probabilities in enumerate(sampler.distribution(dialogue).tolist()):
+        for strategy, probability in zip(sampler.domain.strategies, probabilities):
+            if probability > 0:
+                answers.append(Answer(turn, strategy, "", weight=probability))
+    return answers
 
 
 def annotate(
@@ -161,7 +177,8 @@ class Routed:
     answers: list[Answer] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     rejected_strategies: list[str] = field(default_factory=list)  # of each pair
-    dropped: Counter = field(default_factory=Counter)  # answers that made no pair, by reason
+    # what the answers weigh that made no pair, by reason
+    dropped: Counter = field(default_factory=Counter)
 
 
 def route(
@@ -175,7 +192,7 @@ def route(
     """The pairs that dialogues' answers make: chosen is the human answer, rejected the modules'.
 
     A pair's prompt for rg names the human strategy, which the chosen reply follows. Equal answers
-    to a turn make one pair."""
+    to a turn make one pair. A pair weighs what its answer weighs."""
     routed = Routed()
     for dialogue, answers in dialogues:
         routed.answers += answers
@@ -186,54 +203,65 @@ def route(
             gold = dialogue.supporter(turn)
             error, reason = find_error(task, routing, gold, answer, domain, least_confidence)
             if error is None:
-                routed.dropped[reason] += 1
+                routed.dropped[reason] += answer.weight
                 continue
             rejected = build_completion(task, answer.strategy, answer.reply)
             same = (str(turn), *rejected.split())
             if same in seen:
-                routed.dropped["repeated"] += 1
+                routed.dropped["repeated"] += answer.weight
                 continue
             seen.add(same)
             name = f"{task}/{dialogue.id}/{turn}"
-            if pairs_of_turn[turn]:
+            if answer.weight != 1:
+                name += f"/{answer.strategy}"
+            elif pairs_of_turn[turn]:
                 name += f"/{pairs_of_turn[turn]}"
             pairs_of_turn[turn] += 1
             prompt = build_messages(task, dialogue, turn, gold.strategy, domain, strategy_at)
             chosen = build_completion(task, gold.strategy, gold.text)
-            pair = Pair(
-                name, task, dialogue.id, turn, gold.strategy, error, prompt, chosen, rejected
-            )
-            routed.pairs.append(pair)
+            facts = name, task, dialogue.id, turn, gold.strategy, error
+            routed.pairs.append(Pair(*facts, prompt, chosen, rejected, answer.weight))
             routed.rejected_strategies.append(answer.strategy)
     return routed
 
 
 def account(task: str, routed: Routed, domain: Domain) -> dict:
-    """What was mined, kept and dropped, as mining.json has it, with warnings.
+    """What was mined, kept and dropped, as mining.json has it, with warnings. But for the number of
+    pairs all counts are by weight, which is how often something is drawn on average.
 
     It warns of too much of one strategy, or of too few template responses, if the domain has that
     error: that is how mining fails, according to the paper."""
-    pairs = routed.pairs
-    chosen = Counter(pair.strategy for pair in pairs)
-    rejected = Counter(routed.rejected_strategies)
+    kept, chosen, rejected = Counter(), Counter(), Counter()
+    for pair, strategy in zip(routed.pairs, routed.rejected_strategies):
+        kept[pair.error] += pair.weight
+        chosen[pair.strategy] += pair.weight
+        rejected[strategy] += pair.weight
+    weight = sum(kept.values())
     counts = {
-        "answers": len(routed.answers),
+        "answers": rounded(sum(answer.weight for answer in routed.answers)),
         "judged": Counter(answer.judged.error for answer in routed.answers if answer.judged),
-        "pairs": len(pairs),
-        "kept": Counter(pair.error for pair in pairs),
-        "dropped": routed.dropped,
-        "chosen strategies": {name: chosen[name] for name in domain.strategies},
-        "rejected strategies": {name: rejected[name] for name in domain.strategies},
+        "pairs": len(routed.pairs),
+        "weight of pairs": rounded(weight),
+        "kept": {error: rounded(n) for error, n in kept.items()},
+        "dropped": {reason: rounded(n) for reason, n in routed.dropped.items()},
+        "chosen strategies": {name: rounded(chosen[name]) for name in domain.strategies},
+        "rejected strategies": {name: rounded(rejected[name]) for name in domain.strategies},
     }
     warnings = []
     for side in ("chosen strategies", "rejected strategies"):
         name = max(counts[side], key=counts[side].get)
-        if len(pairs) >= 20 and counts[side][name] > len(pairs) / 2:
-            share = f"{100 * counts[side][name] / len(pairs):.0f} %"
+        if weight >= 20 and counts[side][name] > weight / 2:
+            share = f"{100 * counts[side][name] / weight:.0f} %"
             warnings.append(f"{name} makes {share} of the {side}: DPO would learn little else")
-    few_templates = TEMPLATE in domain.errors and counts["kept"][TEMPLATE] < 0.05 * len(pairs)
+    few_templates = TEMPLATE in domain.errors and kept[TEMPLATE] < 0.05 * weight
     if task != "sp" and counts["judged"] and few_templates:
         warnings.append(
             "fewer than 5 % of the pairs are template responses: replies may stay generic"
         )
     return counts | {"warnings": warnings}
+
+
+def rounded(weight: float) -> float:
+    """To hundredths, and an int if that is a whole number."""
+    nearest = round(weight, 2)
+    return int(nearest) if nearest == int(nearest) else nearest

@@ -69,6 +69,8 @@ def read_pairs(path: Path, task: str) -> list[Pair]:
         if pair.id in ids:
             raise DescError(f"{where} has the id {pair.id!r} of a line before")
         ids.add(pair.id)
+        if pairs and pair.prompt == pairs[-1].prompt:  # pairs of a turn share it in memory
+            pair = replace(pair, prompt=pairs[-1].prompt)
         pairs.append(pair)
     if not pairs:
         raise DescError(f"{path}: holds no pair")

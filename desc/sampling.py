@@ -217,14 +217,22 @@ class LocalSampler:
     domain: Domain
     calibration: object | None = None  # of the planner: a desc.calibration.Calibration
 
-    def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
+    def plan_logps(self, dialogue: Dialogue, task: str) -> torch.Tensor:
+        """The planner's log p(strategy | context) at every turn, calibrated if it is: (T, K)."""
         config = self.config
         with adapter_only(self.model, task):
             items = strategy_items(self.tokenizer, task, [dialogue], self.domain, config.max_length)
             logps = score(self.model, items, config.max_tokens)
-        if self.calibration:
-            logps = self.calibration.apply(logps)
-        return draw_strategies(logps[turns], config, dialogue, self.domain.strategies)
+        return self.calibration.apply(logps) if self.calibration else logps
+
+    def plan(self, dialogue: Dialogue, turns: list[int], task: str = "sp") -> list[str]:
+        logps = self.plan_logps(dialogue, task)[turns]
+        return draw_strategies(logps, self.config, dialogue, self.domain.strategies)
+
+    def distribution(self, dialogue: Dialogue, task: str = "sp") -> torch.Tensor:
+        """How often `plan` draws each strategy at every turn: (T, K)."""
+        logps = self.plan_logps(dialogue, task)
+        return temper(logps, self.config.temperature, self.config.top_p)
 
     def write(
         self, dialogue: Dialogue, planned: list[tuple[int, str]], task: str = "rg"

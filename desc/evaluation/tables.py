@@ -133,6 +133,8 @@ def difference_cell(row: dict, column: str) -> str:
 def mining_table(counts: dict) -> str:
     """What desc.mining.account counted, as text."""
     lines = [f"{counts['answers']} answers, {counts['pairs']} pairs"]
+    if counts["weight of pairs"] != counts["pairs"]:
+        lines[0] += f" that weigh {counts['weight of pairs']} together; all counts are by weight"
     for name in ("judged", "kept", "dropped"):
         if counts[name]:
             lines.append(f"{name}: {list_shares(counts[name], counts['answers'])}")

@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from desc import DescError
@@ -79,10 +80,10 @@ def write_json(path: Path, value) -> None:
     write_bytes(path, encode_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
+def write_lines(path: Path, records: Iterable[dict]) -> None:
     """One JSON line per record."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_bytes(path, encode_text("".join(lines)))
+    lines = [encode_text(json.dumps(record, ensure_ascii=False) + "\n") for record in records]
+    write_bytes(path, b"".join(lines))
 
 
 def append_line(path: Path, record: dict) -> None:
