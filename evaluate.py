@@ -226,6 +226,9 @@ def main():
         answers[system.name] = [line["systems"][system.name] for line in lines]
     rows = {FREQUENCIES: frequency_row(splits["train"], test, strategies)}
     rows |= summarise(answers, strategies, config)
+    for row in rows.values():  # what the context tells a planner
+        if "nll" in row:
+            row["nll gain"] = rows[FREQUENCIES]["nll"] - row["nll"]
     facts = {
         "desc": __version__,
         "torch": torch.__version__,

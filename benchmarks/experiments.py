@@ -26,7 +26,14 @@ from desc.storage.files import parse as parse_json
 from desc.storage.files import read_lines, read_text, write_lines
 from desc.storage.journal import read_metrics, work_key
 
-PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + ["Q greedy", "B", "B expected", "nll", "ece"]
+PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + [
+    "Q greedy",
+    "B",
+    "B expected",
+    "nll",
+    "nll gain",
+    "ece",
+]
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 %, by seeds
 COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777")
 

@@ -18,6 +18,7 @@ PLANNER_COLUMNS = (
     "B greedy",
     "B expected",
     "nll",
+    "nll gain",
     "ece",
     "invalid",
 )
@@ -40,7 +41,7 @@ INTERVAL_COLUMNS = ("Q", "B", "faultless", *RUBRICS, *WINS)
 
 def decimals(column: str) -> int:
     """How many decimals a column is shown with."""
-    if column.startswith("B") or column == "nll":
+    if column.startswith(("B", "nll")):
         return 3
     return 2 if column in RUBRICS else 1
 
