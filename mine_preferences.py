@@ -16,9 +16,10 @@ history (T 0.7, top_p 0.95, one sample, as the paper does). --routing says what 
 With --exact a planner's strategies are not drawn. Every wrong one makes a pair, which weighs as
 much as it is likely, so DPO's loss is what it would be over all draws on average.
 
-Writes OUT/TASK/pairs.jsonl, pairs.valid.jsonl and mining.json. Keeps every answer with its
-annotation in answers.jsonl (in OUT/mined if the modules answer together). Killed and run again, it
-goes on where it was. Test dialogues are never mined, because that would leak.
+Writes OUT/TASK/pairs.jsonl, pairs.valid.jsonl and mining.json, and for train_dpo.py --objective kto
+unpaired.jsonl and unpaired.valid.jsonl. Keeps every answer with its annotation in answers.jsonl (in
+OUT/mined if the modules answer together). Killed and run again, it goes on where it was. Test
+dialogues are never mined, because that would leak.
 
 --review N writes N judged answers to OUT/review.csv, for people to label. --agreement FILE compares
 such labels, or other labelled turns, with the annotator."""
@@ -44,6 +45,7 @@ from desc.mining import (
     account,
     annotate,
     answer_dialogue,
+    label,
     route,
     weigh_strategies,
 )
@@ -175,16 +177,21 @@ def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:
     return settings | {"adapters": digests, "base": base}
 
 
-def write_pairs(config: MineConfig, file: str, answered, domain: Domain) -> None:
-    """Route the answers of one split, (dialogue, answers) each, and say what came of them."""
-    routed = route(
-        config.task, config.routing, answered, domain, config.min_confidence, config.strategy_at
-    )
-    write_lines(config.folder / file, (pair.record() for pair in routed.pairs))
+def write_preferences(config: MineConfig, ending: str, answered, domain: Domain) -> None:
+    """Write the pairs and the unpaired answers that the answers of one split make, (dialogue,
+    answers) each, and say what came of them. `ending` is that of the files' names."""
+    settings = (domain, config.min_confidence, config.strategy_at)
+    routed = route(config.task, config.routing, answered, *settings)
+    unpaired = label(config.task, config.routing, answered, *settings)
+    files = config.folder / f"pairs{ending}", config.folder / f"unpaired{ending}"
+    for file, preferences in zip(files, (routed.pairs, unpaired)):
+        write_lines(file, (preference.record() for preference in preferences))
     counts = account(config.task, routed, domain)
-    if file == "pairs.jsonl":
+    if ending == ".jsonl":
         write_json(config.folder / "mining.json", counts)
-    print(f"\n{config.folder / file}\n{mining_table(counts)}")
+    print(f"\n{files[0]}\n{mining_table(counts)}")
+    desirable = sum(answer.label for answer in unpaired)
+    print(f"\n{files[1]}\n{len(unpaired)} answers, {desirable} desirable, for --objective kto")
 
 
 def main():
@@ -259,9 +266,9 @@ def main():
         endpoint.kept.discard()
     for record in finished:
         answers_of[record["key"]] = [Answer.read(answer) for answer in record["answers"]]
-    for split, file in (("train", "pairs.jsonl"), ("valid", "pairs.valid.jsonl")):
+    for split, ending in (("train", ".jsonl"), ("valid", ".valid.jsonl")):
         answered = [(work[key], answers_of[key]) for key in work if split_of[key] == split]
-        write_pairs(config, file, answered, domain)
+        write_preferences(config, ending, answered, domain)
     cli.save_config(config, config.folder, settings["base"])
     if config.review:
         judged = [(work[key], answer) for key in work for answer in answers_of[key]]

@@ -6,6 +6,9 @@ r"""Direct preference optimisation of one module, from its own SFT model:
     torchrun train_dpo.py --task rg --model Qwen/Qwen2.5-7B-Instruct \
         --data ESConv.json --split-file split.json
 
+--objective takes another loss (desc/losses.py): ipo, simpo, which has no reference, or kto, which
+learns from unpaired answers.
+
 The SFT adapter is frozen and a second one, `dpo`, is trained beside it, so the reference is the
 same model with `dpo` off: one copy of the weights, and a policy that equals its reference to the
 bit before the first step. All answers of a dialogue are read as one prefix tree. A batch's loss is
@@ -17,6 +20,7 @@ paper's (β 0.5 for sp, 0.2 for rg, 1 epoch); it leaves open β for vanilla (0.2
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -26,12 +30,13 @@ from desc.esconv import first, load_splits
 from desc.flags import MANY, TrainConfig, flag, parse
 from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, train_adapters
-from desc.losses import dpo_loss
-from desc.pairs import Pair, encode_pair, read_pairs
+from desc.losses import dpo_loss, ipo_loss, kto_loss, simpo_loss
+from desc.pairs import Pair, Unpaired, encode_pair, encode_unpaired, read_pairs, read_unpaired
 from desc.storage.adapters import adapter_digest
 from desc.storage.checkpoint import checkpoint_settings
 from desc.training.batches import (
     all_batches,
+    drop_equal,
     encode_all,
     make_batches,
     my_micro_batches,
@@ -52,16 +57,13 @@ from desc.training.sharding import must_shard
 from desc.training.validation import planned_turns, planner_logps, planner_scores
 from desc.tree import Forest, send
 
+OBJECTIVES = ("dpo", "ipo", "simpo", "kto")
 BETA = {"sp": 0.5, "rg": 0.2, "vanilla": 0.2}
-METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
+OTHER_BETA = {"ipo": 0.1, "simpo": 2.0, "kto": 0.1}
+# For kto, chosen means desirable answers, rejected the others, and accuracies the share of answers
+# whose reward has the right sign.
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+METRICS += ("logps/chosen", "logps/rejected")
 
 
 @dataclass
@@ -70,15 +72,28 @@ class DPOConfig(TrainConfig):
         5e-6, "peak learning rate; a 135M model needs about 5e-5", at_least=0, at_most=1
     )
     epochs: int = flag(1, "passes over the pairs", at_least=1, at_most=1000)
+    objective: Literal[OBJECTIVES] = flag(
+        "dpo", "the loss; simpo needs no reference, and kto no pairs but single answers"
+    )
     beta: float | None = flag(
         None,
-        "strength of the pull to the reference; smaller moves further. None: sp 0.5, rg and vanilla"
-        " 0.2",
+        "strength of the pull to the reference; smaller moves further. simpo has none, and beta"
+        " scales its rewards. None: sp 0.5, rg and vanilla 0.2; ipo and kto 0.1, simpo 2",
         at_least=1e-6,
         at_most=100,
     )
     label_smoothing: float = flag(
-        0.0, "share of pairs taken to be labelled the wrong way round", at_least=0, at_most=0.5
+        0.0, "for dpo: share of pairs taken to be the wrong way round", at_least=0, at_most=0.5
+    )
+    margin: float = flag(
+        1.0, "for simpo: by how much chosen should be rewarded more", at_least=0, at_most=100
+    )
+    sft_weight: float = flag(
+        0.0,
+        "adds so much of the chosen answer's negative log-likelihood per token, which may rise"
+        " otherwise; not for kto",
+        at_least=0,
+        at_most=1000,
     )
     sft: str | None = flag(None, "folder of the SFT adapter, or base for none; None: OUT/TASK/sft")
     eval_pairs: int = flag(
@@ -86,67 +101,83 @@ class DPOConfig(TrainConfig):
     )
     pairs: str | None = flag(
         None,
-        "folder with pairs.jsonl and pairs.valid.jsonl, or sample for a few that are shipped; None:"
-        " OUT/TASK",
+        "folder with pairs.jsonl and pairs.valid.jsonl (kto: unpaired.jsonl and"
+        " unpaired.valid.jsonl), or sample for a few that are shipped; None: OUT/TASK",
     )
 
+    @property
+    def has_reference(self) -> bool:
+        return self.objective != "simpo"
 
-def find_pairs(config: DPOConfig) -> Path:
-    """The folder of the pairs: --pairs, or what was mined. For the shipped sample, or if asked for,
-    a few that are shipped.
+    @property
+    def unit(self) -> str:
+        """What is learned from."""
+        return "answers" if self.objective == "kto" else "pairs"
+
+
+def check_flags(config: DPOConfig) -> None:
+    """Raises DescError if a flag is given that --objective does not read."""
+    unread = {
+        "label-smoothing": config.label_smoothing and config.objective != "dpo",
+        "margin": config.margin != DPOConfig.margin and config.objective != "simpo",
+        "sft-weight": config.sft_weight and config.objective == "kto",
+    }
+    for name, is_unread in unread.items():
+        if is_unread:
+            raise DescError(f"--{name} changes nothing with --objective {config.objective}")
+
+
+def find_pairs(config: DPOConfig) -> tuple[Path, Path]:
+    """The files of the pairs, or for kto of the answers, to train and to validate on: in --pairs,
+    or what was mined. For the shipped sample, or if asked for, a few pairs that are shipped.
 
     Raises DescError if nothing was mined."""
     shipped = files("desc") / "data" / config.task
     folder = Path(config.pairs) if config.pairs else config.folder
-    mine_first = f"finds no pairs in {folder}: first run mine_preferences.py --task {config.task}"
+    name = "unpaired" if config.objective == "kto" else "pairs"
+    mine_first = f"first run mine_preferences.py --task {config.task}"
+    finds_none = f"finds no {config.unit} in {folder}: {mine_first}"
     if config.pairs == "sample":
         folder = shipped
-    elif not (folder / "pairs.jsonl").exists() and not config.pairs:
+    elif not (folder / f"{name}.jsonl").exists() and not config.pairs:
+        if config.objective == "kto":
+            raise DescError(f"{finds_none}, or give --pairs FOLDER")
         if config.data != "sample":
-            raise DescError(f"{mine_first}, or give --pairs FOLDER, or --pairs sample")
-        print(f"{mine_first} for your own; uses a few shipped ones")
+            raise DescError(f"{finds_none}, or give --pairs FOLDER, or --pairs sample")
+        print(f"{finds_none} for your own; uses a few shipped ones")
         folder = shipped
     made_with = cli.read_config(folder)
     if folder == shipped:
         made_with = {"task": config.task, "strategy_at": "turn"}
+        if config.objective == "kto":
+            raise DescError(f"the shipped pairs are not for kto: {mine_first}")
     cli.refuse_other_prompts(config, folder, made_with)
-    print(f"uses the pairs in {folder}")
-    return folder
-
-
-def drop_equal(items: list[Item], unit: str) -> list[Item]:
-    """The pairs whose answers differ. Equal ones teach nothing, because their loss is ln 2 and
-    their gradient 0 for any model, but a batch's loss would be divided by their number, too.
-
-    Prints how many are left out. Raises DescError if none is left."""
-    differing = [item for item in items if item.sequences[0] != item.sequences[1]]
-    if not differing:
-        raise DescError(
-            f"chosen and rejected are the same in all {len(items)} {unit}; there is nothing to"
-            " prefer"
-        )
-    if len(differing) < len(items):
-        left_out = len(items) - len(differing)
-        print(f"leaves out {left_out} of {len(items)} {unit}: chosen and rejected are the same")
-    return differing
+    print(f"uses the {config.unit} in {folder}")
+    return folder / f"{name}.jsonl", folder / f"{name}.valid.jsonl"
 
 
 def attach_sft(model, config: DPOConfig) -> str:
-    """Attach the SFT adapter, which is the reference. Returns its digest; "" if the reference is
-    the base model, as it is if --sft base asks for it, or on the sample if there is no adapter."""
+    """Attach the SFT adapter, where training starts, and which is the reference if the objective
+    has one. Returns its digest; "" if that is the base model, as it is if --sft base asks for it,
+    or on the sample if there is no adapter."""
+    on_base = "the reference is the base model"
+    if not config.has_reference:
+        on_base = "training starts from the base model"
+        print(f"{config.objective} has no reference; --sft says where training starts")
     if config.sft == "base":
-        print("the reference is the base model")
+        print(on_base)
         return ""
     folder = Path(config.sft) if config.sft else config.folder / "sft"
     otherwise = None
     if config.data == "sample" and not config.sft:
-        otherwise = f"the reference is the base model; first run train_sft.py --task {config.task}"
+        otherwise = f"{on_base}; first run train_sft.py --task {config.task}"
     cli.use_adapter(config, model, folder, "sft", otherwise)
     return adapter_digest(folder)
 
 
 def pair_logps(model, forest: Forest) -> torch.Tensor:
-    """log π of the chosen and the rejected answer of each pair: (B, 2)."""
+    """log π of the chosen and the rejected answer of each pair, or for kto of each answer and of
+    one to another prompt: (B, 2)."""
     return sequence_logps(model, forest).view(-1, 2)
 
 
@@ -158,8 +189,11 @@ def reference_logps(model, forest: Forest) -> torch.Tensor:
         return pair_logps(model, forest)
 
 
-def score_reference(model, micro_batches) -> dict[str, list[float]]:
-    """The reference's two log-probabilities of each pair, by pair id, on every rank."""
+def score_reference(model, config: DPOConfig, micro_batches) -> dict[str, list[float]]:
+    """The reference's two log-probabilities of each pair, by pair id, on every rank; {} if the
+    objective has no reference."""
+    if not config.has_reference:
+        return {}
     scored: dict[str, list[float]] = {}
     for members, forest in micro_batches:
         rows = reference_logps(model, forest).tolist()
@@ -169,8 +203,10 @@ def score_reference(model, micro_batches) -> dict[str, list[float]]:
     return scored
 
 
-def look_up(known: dict[str, list[float]], members: list[Item], device) -> torch.Tensor:
-    """What score_reference found for these pairs: (B, 2)."""
+def look_up(known: dict[str, list[float]], members: list[Item], device) -> torch.Tensor | None:
+    """What score_reference found for these pairs: (B, 2); None if it found nothing."""
+    if not known:
+        return None
     rows = torch.tensor([known[item.id] for item in members], dtype=torch.float32).view(-1, 2)
     return send(rows, device)
 
@@ -178,6 +214,75 @@ def look_up(known: dict[str, list[float]], members: list[Item], device) -> torch
 def weights_of(members: list[Item], device) -> torch.Tensor:
     """What these pairs count for: (B,)."""
     return send(torch.tensor([item.weight for item in members], dtype=torch.float32), device)
+
+
+@torch.no_grad()
+def measure_drift(
+    model, config: DPOConfig, batch: list[Item], micro_batches, known: dict[str, list[float]]
+) -> torch.Tensor | None:
+    """The drift that kto_loss needs, on every rank: the mean of log(π/π_ref) of a batch's answers
+    to other prompts, by their weights. It is that of the whole batch, so micro-batches and ranks
+    change nothing. None if the objective needs none."""
+    if config.objective != "kto":
+        return None
+    model.eval()
+    total = torch.zeros((), device=model.device)
+    for members, forest in micro_batches:
+        ratios = pair_logps(model, forest) - look_up(known, members, model.device)  # (B, 2)
+        total += (weights_of(members, model.device) * ratios[:, 1]).sum()
+    return sum_over_ranks(total) / sum(item.weight for item in batch)
+
+
+def preference_loss(
+    config: DPOConfig, policy: torch.Tensor, reference: torch.Tensor | None, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses, chosen rewards, rejected rewards) of pairs, (B,) each. policy and reference are
+    log-probabilities, and `lengths` completion tokens, (B, 2) each.
+
+    --sft-weight adds − log π(y_w|x) / |y_w| (Pang et al. 2024, Iterative Reasoning Preference
+    Optimization)."""
+    if config.objective == "dpo":
+        logps = *policy.unbind(1), *reference.unbind(1)
+        losses, chosen, rejected = dpo_loss(*logps, config.beta, config.label_smoothing)
+    elif config.objective == "ipo":
+        logps = *(policy / lengths).unbind(1), *(reference / lengths).unbind(1)
+        losses, chosen, rejected = ipo_loss(*logps, config.beta)
+    else:
+        logps = (policy / lengths).unbind(1)
+        losses, chosen, rejected = simpo_loss(*logps, config.beta, config.margin)
+    if config.sft_weight:
+        losses = losses - config.sft_weight * policy[:, 0] / lengths[:, 0]
+    return losses, chosen, rejected
+
+
+def shares_of_kinds(batch: list[Item], members: list[Item]) -> torch.Tensor:
+    """By what to multiply kto's answers for means over the desirable ones of a batch, and over the
+    others, if these are taken over the whole batch: (B, 2), of which one is 0."""
+    total = sum(item.weight for item in batch)
+    desirable = sum(item.weight for item in batch if item.desirable)
+    others = sum(item.weight for item in batch if not item.desirable)
+    rows = [(total / desirable, 0) if item.desirable else (0, total / others) for item in members]
+    return torch.tensor(rows, dtype=torch.float32).view(-1, 2)
+
+
+def sum_losses(
+    config: DPOConfig, batch: list[Item], members: list[Item], policy, reference, drift
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the loss, METRICS), both summed by their weights over some members of a batch: pairs, or for
+    kto answers. policy and reference are (B, 2)."""
+    device = policy.device
+    if config.objective == "kto":
+        shares, logps = send(shares_of_kinds(batch, members), device), policy[:, 0]
+        desirable = shares[:, 0] > 0
+        losses, rewards = kto_loss(logps, reference[:, 0], desirable, drift, config.beta)
+        chosen, rejected = (shares * rewards[:, None]).unbind(1)
+        policy = shares * logps[:, None]
+    else:
+        lengths = [[len(sequence.completion) for sequence in item.sequences] for item in members]
+        lengths = send(torch.tensor(lengths).view(-1, 2), device)
+        losses, chosen, rejected = preference_loss(config, policy, reference, lengths)
+    weights = weights_of(members, device)
+    return (weights * losses).sum(), sum_metrics(losses, chosen, rejected, policy, weights)
 
 
 def sum_metrics(losses, chosen, rejected, policy, weights) -> torch.Tensor:
@@ -191,70 +296,72 @@ def sum_metrics(losses, chosen, rejected, policy, weights) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(
-    model, config: DPOConfig, micro_batches, known: dict[str, list[float]]
+    model, config: DPOConfig, items: list[Item], micro_batches, known: dict[str, list[float]]
 ) -> dict[str, float]:
-    """METRICS on validation pairs: their means, by the pairs' weights."""
+    """METRICS on validation pairs: their means, by the pairs' weights. And kto's drift."""
     model.eval()
-    sums, total = torch.zeros(len(METRICS), device=model.device), 0.0
+    drift = measure_drift(model, config, items, micro_batches, known)
+    sums = torch.zeros(len(METRICS), device=model.device)
     for members, forest in micro_batches:
-        policy = pair_logps(model, forest)
-        reference = look_up(known, members, model.device)
-        losses, chosen, rejected = dpo_loss(
-            *policy.unbind(1), *reference.unbind(1), config.beta, config.label_smoothing
-        )
-        sums += sum_metrics(losses, chosen, rejected, policy, weights_of(members, model.device))
-        total += sum(item.weight for item in members)
-    means = sum_over_ranks(sums).cpu() / sum_over_ranks(torch.tensor(total))
-    return {f"valid/{name}": value for name, value in zip(METRICS, means.tolist())}
+        policy, reference = pair_logps(model, forest), look_up(known, members, model.device)
+        sums += sum_losses(config, items, members, policy, reference, drift)[1]
+    means = sum_over_ranks(sums).cpu() / sum(item.weight for item in items)
+    scores = {f"valid/{name}": value for name, value in zip(METRICS, means.tolist())}
+    return scores if drift is None else scores | {"valid/drift": float(drift)}
 
 
 def main():
     config = parse(DPOConfig)
+    check_flags(config)
     device, folder = join_ranks(), config.folder / "dpo"
     cli.resolve_auto(config, device, checkpoint_settings(folder / "checkpoints"))
-    config.beta = BETA[config.task] if config.beta is None else config.beta
-    source = find_pairs(config)
+    if config.beta is None:
+        config.beta = OTHER_BETA.get(config.objective, BETA[config.task])
+    paths = find_pairs(config)
     domain = config.read_domain()
     splits = load_splits(config.data, config.split_file, domain.strategies, config.seed)
-    pairs = read_pairs(source / "pairs.jsonl", config.task)
-    valid_pairs = first(read_pairs(source / "pairs.valid.jsonl", config.task), config.eval_pairs)
+    read, encode_one = read_pairs, encode_pair
+    if config.objective == "kto":
+        read, encode_one = read_unpaired, encode_unpaired
+    examples, valid_examples = (read(path, config.task) for path in paths)
+    valid_examples = first(valid_examples, config.eval_pairs)
     empty = config.estimate > 0 or must_shard(config, device)
     model, tokenizer = cli.load_model(config, device, empty)
 
-    def encode(pair: Pair) -> Item:
-        return encode_pair(tokenizer, pair, config.max_length, domain.speakers)
+    def encode(example: Pair | Unpaired) -> Item:
+        return encode_one(tokenizer, example, config.max_length, domain.speakers)
 
     def prepare(batch: list[Item]):
         """The whole batch, and this rank's trees of it."""
         return batch, my_micro_batches(batch, config.share, config.max_tokens, device)
 
     if config.show_example:
-        shown = encode(pairs[0])
+        shown = encode(examples[0])
         print("\n\n".join(mark_loss(tokenizer, sequence) for sequence in shown.sequences))
         return
     sft = attach_sft(model, config)
-    items = drop_equal(encode_all(encode, pairs, "pairs"), "pairs")
-    valid_items = drop_equal(
-        encode_all(encode, valid_pairs, "validation pairs"), "validation pairs"
-    )
+    items = drop_equal(encode_all(encode, examples, config.unit), config.unit)
+    valid_unit = f"validation {config.unit}"
+    valid_items = drop_equal(encode_all(encode, valid_examples, valid_unit), valid_unit)
     turns = planned_turns(tokenizer, config, splits, domain)
     torch.manual_seed(config.seed)
     add_adapter(model, "dpo", config.rank, config.alpha, config.dropout, config.targets)
     if config.estimate:
-        print(estimate(model, config, all_batches(items, config), passes=2))
+        passes = {"simpo": 1, "kto": 3}.get(config.objective, 2)
+        print(estimate(model, config, all_batches(items, config), passes))
         return
-    run = begin(model, config, items, "pairs", folder, device, sft)
+    run = begin(model, config, items, config.unit, folder, device, sft)
     _, valid_micro_batches = prepare(valid_items)
     # Both files may call a pair the same, so each has a dictionary of its own.
-    valid_known, known = score_reference(model, valid_micro_batches), {}
-    if config.epochs > 1:  # pairs that come again are scored once
+    valid_known, known = score_reference(model, config, valid_micro_batches), {}
+    if config.epochs > 1 or config.objective == "kto":  # what is needed twice is scored once
         for batch in make_batches(items, config.batch_size, config.share, config.seed, epoch=0):
-            known |= score_reference(model, prepare(batch)[1])
+            known |= score_reference(model, config, prepare(batch)[1])
 
     def check() -> None:
         """Validate, and keep the best. A planner is judged by the likelihood of the human strategy,
         which over-correction harms (docs/tour.md)."""
-        scores, planned = validate(model, config, valid_micro_batches, valid_known), []
+        scores, planned = validate(model, config, valid_items, valid_micro_batches, valid_known), []
         if turns:
             logps = planner_logps(model, config, turns)
             scores |= planner_scores(logps, turns)
@@ -266,31 +373,30 @@ def main():
         check()
     for batch, micro_batches in prepare_ahead(prepare, run.batches[run.step :]):
         seed_dropout(run, config)
+        drift = measure_drift(model, config, batch, micro_batches, known)
         total = sum(item.weight for item in batch)  # of the whole global batch
         sums, nodes = 0, 0
         for members, forest in micro_batches:  # this rank's trees
-            if config.epochs > 1:
-                reference = look_up(known, members, device)
-            else:
-                reference = reference_logps(model, forest)  # (B, 2)
+            reference = look_up(known, members, device)  # (B, 2): chosen, rejected
+            if reference is None and config.has_reference:
+                reference = reference_logps(model, forest)
             train_adapters(model)
-            policy = pair_logps(model, forest)  # (B, 2): chosen, rejected
-            if run.step == 0:
+            policy = pair_logps(model, forest)  # (B, 2)
+            if run.step == 0 and config.has_reference:
                 same = torch.equal(policy.nan_to_num(), reference.nan_to_num())
                 assert same, "the policy differs from its reference before the first step"
-            losses, chosen, rejected = dpo_loss(
-                *policy.unbind(1), *reference.unbind(1), config.beta, config.label_smoothing
-            )
-            weights = weights_of(members, device)
+            loss, summed = sum_losses(config, batch, members, policy, reference, drift)
             # gradients are averaged over ranks; this makes the average their sum
-            ((weights * losses).sum() / total * world_size()).backward()
-            sums = sums + sum_metrics(losses, chosen, rejected, policy, weights)
+            (loss / total * world_size()).backward()
+            sums = sums + summed
             nodes += forest.nodes
             run.bar.update(len(members))
         turns_cut = sum(item.turns_cut for item in batch) / world_size()
         means = dict(zip(METRICS, sums / total))  # this rank's part of the whole batch's means
         record = means | {"nodes": nodes, "turns_cut": turns_cut}
-        clip_and_step(run, config, record, f"pairs {batch[0].id} … {batch[-1].id}")
+        if drift is not None:
+            record["drift"] = drift / world_size()
+        clip_and_step(run, config, record, f"{config.unit} {batch[0].id} … {batch[-1].id}")
         if is_due(run, config.eval_every) or run.step == len(run.batches):
             check()
         save_checkpoint_if_due(run, config.save_every)

@@ -21,16 +21,18 @@ class TokenSequence(NamedTuple):
 
 @dataclass
 class Item:
-    """What a loss needs together: an example's sequence (SFT), or the chosen and the rejected one
-    of a pair (DPO)."""
+    """What a loss needs together: an example's sequence (SFT), the chosen and the rejected one of a
+    pair (DPO), or an answer and one to another prompt (KTO)."""
 
     id: str
     dialogue: str
     sequences: list[TokenSequence]
     turns_cut: int = 0  # exchanges dropped from the start to fit
-    # What it counts for in a loss. It is not in the repr, because a run under way is known by that
-    # (desc.training.run.begin), and those from before there were weights should go on.
+    # What it counts for in a loss, and for KTO whether the answer is desirable. Neither is in the
+    # repr, because a run under way is known by that (desc.training.run.begin), and runs from before
+    # there were weights should go on.
     weight: float = field(default=1.0, repr=False)
+    desirable: bool = field(default=True, repr=False)
 
 
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:

@@ -305,6 +305,9 @@ def training_settings(config: TrainConfig) -> dict:
     # other steps. --keep is not free, because the best adapter already lies where it says.
     free |= {"eval_every", "save_every"}
     settings = {name: value for name, value in asdict(config).items() if name not in free}
+    # No entry, as in the checkpoints before there were these flags, is the default.
+    newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0}
+    settings |= {name: None for name, value in newer.items() if settings.get(name) == value}
     # What the module reads of a domain, by its digest, instead of the file's place. No entry, as in
     # the checkpoints before --domain, is ESConv's.
     return settings | {"domain": config.domain and config.read_domain().digest(config.task)}

@@ -3,7 +3,8 @@ names what is wrong with their answers, and each error becomes a pair for the mo
 is: chosen is the human answer, rejected the module's.
 
 The answers (`answer_dialogue`) and the annotations of them (`annotate`) are kept. Which pairs they
-make (`route`) is a pure function of both, so another routing of the same answers costs nothing."""
+make (`route`), and which unpaired answers (`label`), is a pure function of both, so another routing
+of the same answers costs nothing."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,11 +12,12 @@ from dataclasses import dataclass, field, replace
 
 from desc.domain import NO_ERROR, UNJUDGED, UNREADABLE, Domain
 from desc.esconv import Dialogue, Turn
-from desc.pairs import Pair
+from desc.pairs import Pair, Unpaired
 from desc.prompts import build_completion, build_messages
 
 MISMATCH = "strategy mismatch"  # as released: another strategy than the human's
 TEMPLATE = "template response"
+NOTHING_WRONG = "nothing wrong"  # why an answer makes no pair: the annotator finds no error in it
 ROUTINGS = ("released", "paper", "all-to-rg")
 
 
@@ -158,16 +160,21 @@ def find_error(
         return None, "empty or unreadable answer"
     error = answer.judged.error
     if error == NO_ERROR:
-        return None, "nothing wrong"
+        return None, NOTHING_WRONG
     if error == UNREADABLE:
         return None, "unreadable judgement"
     if answer.judged.confidence < least_confidence:
         return None, "unsure judgement"
     if error not in domain.faults("vanilla" if routing == "all-to-rg" else task):
         return None, f"not this module's fault: {error}"
-    if answer.human and answer.human.error in (*domain.faults("rg"), UNREADABLE):
+    if not is_sound(answer.human, domain):
         return None, "no sound human answer"
     return error, ""
+
+
+def is_sound(human: Annotation | None, domain: Domain) -> bool:
+    """Whether an annotation of a human answer lets it be chosen; None: nobody was asked."""
+    return human is None or human.error not in (*domain.faults("rg"), UNREADABLE)
 
 
 @dataclass
@@ -223,6 +230,47 @@ def route(
             routed.pairs.append(Pair(*facts, prompt, chosen, rejected, answer.weight))
             routed.rejected_strategies.append(answer.strategy)
     return routed
+
+
+def label(
+    task: str,
+    routing: str,
+    dialogues: Iterable[tuple[Dialogue, list[Answer]]],
+    domain: Domain,
+    least_confidence: float = 0.0,
+    strategy_at: str = "turn",
+) -> list[Unpaired]:
+    """The answers of dialogues without pairs, for KTO. Desirable are each turn's human answer, if
+    it is sound, and the answers in which the annotator finds nothing wrong. Not desirable are those
+    that make a pair (find_error). All others are left out.
+
+    A prompt for rg names the strategy that its own answer follows. Equal answers to a turn are kept
+    once. A human answer weighs 1, and another what it weighs as a mined one."""
+    labelled = []
+    for dialogue, answers in dialogues:
+        seen: set[tuple[str, ...]] = set()  # the turn and the words
+        answers_of_turn: Counter = Counter()
+        for answer in answers:
+            turn, gold = answer.turn, dialogue.supporter(answer.turn)
+            error, reason = find_error(task, routing, gold, answer, domain, least_confidence)
+            candidates = []  # strategy, reply, error, weight
+            if is_sound(answer.human, domain):
+                candidates.append((gold.strategy, gold.text, "", 1))
+            sound = reason == NOTHING_WRONG and answer.judged.confidence >= least_confidence
+            if error or sound:
+                candidates.append((answer.strategy, answer.reply, error or "", answer.weight))
+            for strategy, reply, error, weight in candidates:
+                completion = build_completion(task, strategy, reply)
+                same = (str(turn), *completion.split())
+                if same in seen:
+                    continue
+                seen.add(same)
+                name = f"{task}/{dialogue.id}/{turn}/{answers_of_turn[turn]}"
+                answers_of_turn[turn] += 1
+                prompt = build_messages(task, dialogue, turn, strategy, domain, strategy_at)
+                facts = name, task, dialogue.id, turn, strategy, error
+                labelled.append(Unpaired(*facts, prompt, completion, not error, weight))
+    return labelled
 
 
 def account(task: str, routed: Routed, domain: Domain) -> dict:

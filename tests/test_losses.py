@@ -16,11 +16,32 @@ the larger gradient.
 With label smoothing 0.1 the losses are 0.9 · 0.201413 + 0.1 · 1.701413 = 0.351413 and 0.9 ·
 1.701413 + 0.1 · 0.201413 = 1.551413.
 
+IPO by hand: the same numbers, taken as means per token, and beta is 0.1, so the aim 1 / (2 beta)
+is 5. h is 2 − (−1) = 3 and −2 − 1 = −3. The losses are (3 − 5)² = 4 and (−3 − 5)² = 64, and the
+gradients by log π(y_w) are 2 (h − 5) = −4 and −16. With beta 0.25 the aim is 2. The first pair is
+beyond it, so its gradient is 2 (3 − 2) = 2: the pair is pulled back, as DPO never does.
+
+SimPO by hand: means per token, beta 2, margin 1.
+
+    log π of    r = 2 log π    r_w − r_l − 1    loss                       by log π(y_w)
+    y_w   y_l   r_w   r_l
+    -0.5  -1.5  -1    -3        1               ln(1 + e^-1) = 0.313262    -2 σ(-1) = -0.537883
+    -1.0  -0.5  -2    -1       -2               ln(1 + e^2)  = 2.126928    -2 σ(2)  = -1.761594
+
+KTO by hand: log(π/π_ref) is 2 and −2, and beta is 0.5, so r is 1 and −1. If the drift is −3, z is
+0. Then the loss is 1 − σ(1) = 0.268941, both for the first answer if it is desirable and for the
+second if it is not. Labelled the other way round it is 1 − σ(−1) = 0.731059 for both. If the drift
+is 4, z is 2: a desirable first answer costs 1 − σ(1 − 2) = 0.731059, and a second that is not
+desirable 1 − σ(2 + 1) = 0.047426. The gradients are − beta σ'(−1) = −0.5 · 0.196612 = −0.098306 and
+beta σ'(3) = 0.5 · 0.045177 = 0.022588.
+
 SFT by hand: sequences of 2 and 3 tokens have the log-probabilities −3 and −7. The loss per token is
 (3 + 7) / 5 = 2."""
 
 import math
 from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,11 +49,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import train_dpo
 from desc.domain import ESCONV
 from desc.encoding import encode, encode_example
 from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, lora_layers, save_adapter
-from desc.losses import dpo_loss, sft_loss
+from desc.losses import dpo_loss, ipo_loss, kto_loss, self_mined_optimum, sft_loss, simpo_loss
 from desc.prompts import build_examples
 from desc.storage.zoo import locate
 from desc.tree import pack, plant
@@ -131,83 +153,230 @@ def test_dpo_stays_finite_where_the_margin_is_huge():
     close(far.grad, [0.0, -0.5])
 
 
+# --- what DPO of self-mined pairs aims at ---------------------------------------------------------
+
+
+def train_table(people, reference, beta, temperature):
+    """A table of answers' log-probabilities, trained to convergence on all ordered pairs (a, b): a
+    is chosen as often as people's p says, b rejected as often as the reference is drawn."""
+    drawn = (reference.log() / temperature).softmax(-1)
+    weights = people[:, None] * drawn[None, :]
+    logits = reference.log().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        policy, before = logits.log_softmax(-1), reference.log()
+        pairs = (policy[:, None], policy[None, :], before[:, None], before[None, :])
+        loss = (weights * dpo_loss(*pairs, beta)[0]).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.detach().softmax(-1)
+
+
+def two_tables(count=8):
+    return torch.randn(2, count, dtype=torch.float64).softmax(-1)
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.5, 1, 2])
+@pytest.mark.parametrize("temperature", [0.7, 1, 1.4])
+def test_dpo_of_self_mined_pairs_ends_at_the_optimum(beta, temperature):
+    people, reference = two_tables()
+    trained = train_table(people, reference, beta, temperature)
+    expected = self_mined_optimum(people, reference, beta, temperature)
+    assert (expected - reference).abs().max() > 0.05
+    torch.testing.assert_close(trained, expected, atol=1e-3, rtol=0)
+
+
+def test_the_optimum_by_hand():
+    """People ask in 30 % of the turns, the model in 60 %. With beta 0.5 the odds are 0.3²/0.6 :
+    0.7²/0.4 = 0.15 : 1.225."""
+    people, reference = torch.tensor([0.3, 0.7]), torch.tensor([0.6, 0.4])
+    close(self_mined_optimum(people, reference, 0.5), [0.15 / 1.375, 1.225 / 1.375])
+
+
+def test_the_reference_cancels_if_beta_times_temperature_is_1():
+    people, reference = two_tables()
+    for beta, temperature in ((1, 1), (0.5, 2), (2, 0.5)):
+        optimum = self_mined_optimum(people, reference, beta, temperature)
+        torch.testing.assert_close(optimum, (people.log() / beta).softmax(-1))
+    torch.testing.assert_close(self_mined_optimum(people, reference, 1), people)
+
+
+# --- the other objectives -------------------------------------------------------------------------
+
+
+def test_ipo_by_hand():
+    losses, chosen, rejected = ipo_loss(*POLICY, *REFERENCE, beta=0.1)
+    close(losses, [4.0, 64.0])
+    close(chosen, [0.2, -0.2])
+    close(rejected, [-0.1, 0.1])
+
+
+@pytest.mark.parametrize("beta, gradient", [(0.1, [-4.0, -16.0]), (0.25, [2.0, -10.0])])
+def test_ipo_pulls_a_pair_to_its_aim_from_either_side(beta, gradient):
+    chosen_logps, rejected_logps = (x.clone().requires_grad_() for x in POLICY)
+    losses, chosen, rejected = ipo_loss(chosen_logps, rejected_logps, *REFERENCE, beta=beta)
+    assert not chosen.requires_grad and not rejected.requires_grad
+    losses.sum().backward()
+    close(chosen_logps.grad, gradient)
+    close(rejected_logps.grad, [-value for value in gradient])
+
+
+def test_simpo_by_hand():
+    chosen_logps = torch.tensor([-0.5, -1.0], requires_grad=True)
+    rejected_logps = torch.tensor([-1.5, -0.5], requires_grad=True)
+    losses, chosen, rejected = simpo_loss(chosen_logps, rejected_logps, beta=2, margin=1)
+    close(losses.detach(), [0.313262, 2.126928])
+    assert not chosen.requires_grad and not rejected.requires_grad
+    close(chosen, [-1.0, -2.0])
+    close(rejected, [-3.0, -1.0])
+    losses.sum().backward()
+    close(chosen_logps.grad, [-0.537883, -1.761594])
+    close(rejected_logps.grad, [0.537883, 1.761594])
+
+
+@pytest.mark.parametrize(
+    "drift, labels, expected",
+    [
+        (-3.0, [True, False], [0.268941, 0.268941]),
+        (-3.0, [False, True], [0.731059, 0.731059]),
+        (0.0, [True, False], [0.268941, 0.268941]),
+        (4.0, [True, False], [0.731059, 0.047426]),
+    ],
+)
+def test_kto_by_hand(drift, labels, expected):
+    answers = POLICY[0], REFERENCE[0], torch.tensor(labels), torch.tensor(drift)
+    losses, rewards = kto_loss(*answers, beta=0.5)
+    close(losses, expected)
+    close(rewards, [1.0, -1.0])
+
+
+def test_kto_pushes_desirable_answers_up_and_the_others_down():
+    """The drift carries no gradient."""
+    logps, drift = POLICY[0].clone().requires_grad_(), torch.tensor(4.0, requires_grad=True)
+    losses, rewards = kto_loss(logps, REFERENCE[0], torch.tensor([True, False]), drift, beta=0.5)
+    assert not rewards.requires_grad
+    losses.sum().backward()
+    close(logps.grad, [-0.098306, 0.022588])
+    assert drift.grad is None
+
+
 # --- TRL ------------------------------------------------------------------------------------------
 
 
-def test_dpo_equals_trl(toy, sample, tmp_path):
-    """TRL goes from messages to loss and gradients by its tokenisation, padded batch and loss. We
-    do so by our encoding, tree and loss.
-
-    Both have the same adapter, the base as reference and all pairs in one batch."""
-    trl = pytest.importorskip("trl")
-    peft = pytest.importorskip("peft")
+def make_trainer(objective, settings, adapter, tokenizer, rows, folder):
+    """TRL's trainer on the toy with the adapter in a folder. The reference is the base model."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
     from datasets import Dataset
 
-    model, tokenizer = deepcopy(toy[0]), toy[1]
-    add_adapter(model, "dpo", rank=4, alpha=6)
-    torch.manual_seed(0)
-    for layer in lora_layers(model).values():
-        nn.init.normal_(layer.adapters["dpo"].B, std=0.3)
-    save_adapter(model, tmp_path / "adapter")
-    examples = build_examples("rg", sample[:1])[:8]
-    answers = [
-        (example.completion, f"Oh. {other.completion}")
-        for example, other in zip(examples, examples[1:])
-    ]
-
-    rows = [
-        {
-            "prompt": example.messages,
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-        }
-        for example, (chosen, rejected) in zip(examples, answers)
-    ]
-    base, reference = (
+    models = [
         AutoModelForCausalLM.from_pretrained(
             locate("toy"), dtype=torch.float32, attn_implementation="sdpa"
         )
         for _ in range(2)
-    )
-    settings = {
-        "beta": 0.5,
-        "max_length": None,
-        "per_device_train_batch_size": 8,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    trainer = trl.DPOTrainer(
-        peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True),
-        reference,
-        args=trl.DPOConfig(
-            tmp_path / "trl", use_cpu=True, bf16=False, gradient_checkpointing=False, **settings
-        ),
+    ]
+    models[0] = peft.PeftModel.from_pretrained(models[0], adapter, is_trainable=True)
+    if objective == "simpo":
+        from trl.experimental import cpo
+
+        Config, Trainer = cpo.CPOConfig, cpo.CPOTrainer
+        models.pop()  # it has no reference
+    elif objective == "kto":
+        Config, Trainer = trl.KTOConfig, trl.KTOTrainer
+    else:
+        Config, Trainer = trl.DPOConfig, trl.DPOTrainer
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    common = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    common |= {"per_device_train_batch_size": len(rows), "gradient_checkpointing": False}
+    return Trainer(
+        *models,
+        args=Config(folder, max_length=4096, **common, **settings),
         train_dataset=Dataset.from_list(rows),
-        processing_class=deepcopy(tokenizer),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # trl.experimental warns that it is experimental
+@pytest.mark.parametrize(
+    "objective, settings, seed",
+    [
+        ("dpo", {"beta": 0.5}, 0),
+        ("ipo", {"beta": 0.1, "loss_type": "ipo"}, 0),
+        ("simpo", {"beta": 2.0, "loss_type": "simpo", "simpo_gamma": 1.0, "cpo_alpha": 0.0}, 0),
+        ("kto", {"beta": 2.0}, 0),  # the drift is negative
+        ("kto", {"beta": 2.0}, 1),  # the drift is positive
+    ],
+)
+def test_each_objective_equals_trl(objective, settings, seed, toy, sample, tmp_path):
+    """TRL goes from messages to loss and gradients by its tokenisation, padded batch and loss. We
+    do so by our encoding, tree and loss.
+
+    Both have the same adapter, the base as reference and all pairs in one batch. For KTO every
+    answer meets the one before it as its mismatched one, as TRL rotates a batch."""
+    model, tokenizer = deepcopy(toy[0]), toy[1]
+    torch.manual_seed(seed)
+    add_adapter(model, "dpo", rank=4, alpha=6)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.adapters["dpo"].B, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    examples = build_examples("rg", sample[:1])[:8]
+    answers = [
+        [example.completion, f"Oh. {other.completion}"]
+        for example, other in zip(examples, examples[1:])
+    ]
+    columns, labels = ("chosen", "rejected"), [True] * len(answers)
+    if objective == "kto":
+        columns, labels = ("completion",), [i % 3 > 0 for i in range(len(answers))]
+        own = [two[0] if label else two[1] for two, label in zip(answers, labels)]
+        answers = [[one, before] for one, before in zip(own, own[-1:] + own)]
+    rows = []
+    for example, texts, label in zip(examples, answers, labels):
+        row = {"prompt": example.messages}
+        if objective == "kto":
+            row["label"] = label
+        for column, text in zip(columns, texts):
+            row[column] = [{"role": "assistant", "content": text}]
+        rows.append(row)
+    trainer = make_trainer(
+        objective, settings, tmp_path / "adapter", tokenizer, rows, tmp_path / "trl"
     )
     (batch,) = trainer.get_train_dataloader()
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
 
     items = [
-        encode(tokenizer, f"0/{e.turn}", "0", e.messages, list(pair), 4096, ESCONV.speakers)
-        for e, pair in zip(examples, answers)
+        encode(tokenizer, f"0/{e.turn}", "0", e.messages, texts, 4096, ESCONV.speakers)
+        for e, texts in zip(examples, answers)
     ]
+    items = [replace(item, desirable=label) for item, label in zip(items, labels)]
     forest = plant(items, "dialogue")
-    assert len(forest.targets) == batch["completion_mask"].sum()
     with torch.no_grad(), adapter_off(model, "dpo"):
         before = sequence_logps(model, forest).view(-1, 2)
     after = sequence_logps(model, forest).view(-1, 2)
-    losses, *_ = dpo_loss(after[:, 0], after[:, 1], before[:, 0], before[:, 1], beta=0.5)
-    losses.mean().backward()
+    drift = (after - before)[:, 1].mean()
+    config = SimpleNamespace(
+        objective=objective, beta=settings["beta"], margin=1.0, label_smoothing=0.0, sft_weight=0.0
+    )
+    loss, _ = train_dpo.sum_losses(config, items, items, after, before, drift)
+    loss = loss / len(items)
+    loss.backward()
 
-    assert abs(theirs.item() - math.log(2)) > 0.01
-    torch.testing.assert_close(losses.mean(), theirs, atol=1e-4, rtol=0)
+    if objective == "kto":
+        assert drift > 0.1 if seed == 1 else drift < -0.1
+    at_start = {"dpo": math.log(2), "ipo": 25, "kto": 0.5}
+    assert abs(theirs.item() - at_start.get(objective, 0)) > 0.01
+    torch.testing.assert_close(loss, theirs, atol=1e-4, rtol=1e-5)
     gradients = dict(trainer.model.named_parameters())
     for name, layer in lora_layers(model).items():
         for half in "AB":
             oracle = gradients[f"base_model.model.{name}.lora_{half}.default.weight"].grad
-            assert oracle.abs().max() > 1e-3
-            torch.testing.assert_close(
-                getattr(layer.adapters["dpo"], half).grad, oracle, atol=1e-4, rtol=1e-4
-            )
+            scale = float(oracle.abs().max())
+            assert scale > 1e-4
+            ours = getattr(layer.adapters["dpo"], half).grad
+            torch.testing.assert_close(ours, oracle, atol=1e-3 * scale, rtol=1e-4)

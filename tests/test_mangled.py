@@ -43,7 +43,7 @@ from desc.judging.sampler import EndpointSampler
 from desc.lora import add_adapter, export_adapters, lora_layers, save_adapter
 from desc.mining import Annotation, Answer, Case
 from desc.modeling import load
-from desc.pairs import encode_pair, read_pairs
+from desc.pairs import encode_pair, encode_unpaired, read_pairs, read_unpaired
 from desc.prompts import build_examples
 from desc.storage import files
 from desc.storage.adapters import adapter_digest
@@ -416,6 +416,31 @@ def pair_files(tools):
                     assert list(message) == ["role", "content"] and is_text(message["content"])
                 if len(str(pair.record())) < 30_000:
                     assert encode_pair(tools.toy[1], pair, 1_000_000, ESCONV.speakers).sequences
+
+    return Kind(data, use)
+
+
+def unpaired_files(tools):
+    pairs = [json.loads(line) for line in pair_files(tools).data["pairs.jsonl"].splitlines()]
+    both = [(pair, name) for pair in pairs for name in ("chosen", "rejected")]
+    ours = [
+        {"id": f"{pair['id']}/{name}", "task": "sp", "dialogue": "0", "turn": pair["turn"]}
+        | {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+        for pair, name in both
+    ]
+    theirs = [{"prompt": "hello?", "completion": "Question", "label": True}, ours[1]]
+    data = {"unpaired.jsonl": as_lines(ours), "trl.jsonl": as_lines(theirs)}
+
+    def use(folder):
+        for name in data:
+            answers = read_unpaired(folder / name, "sp")
+            assert len({answer.id for answer in answers}) == len(answers) > 0
+            for answer in answers:
+                assert type(answer.label) is bool and type(answer.turn) is int
+                assert is_text(answer.completion) and is_text(answer.mismatched)
+                if len(str(answer.record())) < 30_000:
+                    item = encode_unpaired(tools.toy[1], answer, 1_000_000, ESCONV.speakers)
+                    assert item.desirable is answer.label and len(item.sequences) == 2
 
     return Kind(data, use)
 
@@ -829,6 +854,7 @@ KINDS = {
     "dialogues": dialogue_files,
     "splits": split_files,
     "pairs": pair_files,
+    "unpaired": unpaired_files,
     "labels": label_files,
     "reviews": review_files,
     "ratings": rating_files,

@@ -19,9 +19,10 @@ from desc.mining import (
     annotate,
     answer_dialogue,
     find_error,
+    label,
     route,
 )
-from desc.pairs import Pair, read_pairs
+from desc.pairs import Pair, Unpaired, add_mismatched, encode_unpaired, read_pairs, read_unpaired
 from desc.storage.files import write_lines
 
 GOLD = Turn("supporter", "How are you?", "Question")
@@ -192,6 +193,68 @@ def test_route_drops_repeated_pairs_and_accounts_for_every_answer():
     equal_answers = [replace(answers[0], judged=judged("lack of empathy"))] * 20
     uniform = Routed(equal_answers, pairs[2:] * 20, ["Others"] * 20, Counter())
     assert len(account("rg", uniform, ESCONV)["warnings"]) == 3
+
+
+def labelled(*arguments, **options):
+    """What label() makes of the answers to DIALOGUE: id, strategy, error, completion, label."""
+    answers = label(*arguments[:2], [(DIALOGUE, arguments[2])], ESCONV, **options)
+    return [(a.id, a.strategy, a.error, a.completion, a.label) for a in answers]
+
+
+def test_human_and_sound_answers_are_desirable_and_those_of_pairs_are_not():
+    """The others are left out: one more with the same words, the human answer, what is not this
+    module's fault, and what is empty."""
+    answers = [
+        Answer(0, "Others", "Hm.", judged("template response")),
+        Answer(0, "Others", "Hm.\n", judged("template response")),
+        Answer(0, "Question", "Why?", judged("none", 0.8)),
+        Answer(0, "Question", "How  are you?", judged("lack of empathy")),
+        Answer(1, "Others", "Hm.", judged("emotion misread")),
+        Answer(1, None, "Let me think"),
+        Answer(1, "Others", "So.", judged(UNREADABLE)),
+    ]
+    human = [
+        ("rg/7/0/0", "Question", "", "How are you?", True),
+        ("rg/7/1/0", "Reflection of feelings", "", "Oh no.", True),
+    ]
+    template = ("rg/7/0/1", "Others", "template response", "Hm.", False)
+    sound = ("rg/7/0/2", "Question", "", "Why?", True)
+    assert labelled("rg", "paper", answers) == [human[0], template, sound, human[1]]
+    pairs = route("rg", "paper", [(DIALOGUE, answers)], ESCONV).pairs
+    assert [pair.rejected for pair in pairs] == ["Hm."]
+    # what is not sure makes no pair, and nothing desirable
+    assert labelled("rg", "paper", answers, least_confidence=0.81) == human
+    # each prompt names the strategy that its answer follows
+    for place, message in (("system", 0), ("turn", -1)):
+        answers_of_rg = label("rg", "paper", [(DIALOGUE, answers)], ESCONV, strategy_at=place)
+        for answer in answers_of_rg:
+            assert f": {answer.strategy}" in answer.prompt[message]["content"][-40:]
+
+
+def test_a_human_answer_that_is_not_sound_is_not_desirable():
+    """Nor does it make a pair."""
+    answers = [Answer(0, "Others", "Hm.", judged("lack of empathy"), judged("template response"))]
+    assert labelled("rg", "released", answers) == []
+    answers = [replace(answers[0], human=judged("none"))]
+    assert [row[3:] for row in labelled("rg", "released", answers)] == [
+        ("How are you?", True),
+        ("Hm.", False),
+    ]
+
+
+def test_a_planners_answers_without_an_annotator():
+    answers = [Answer(0, name, "") for name in ("Question", "Others", "Others", "Information")]
+    assert [row[3:] for row in labelled("sp", "released", answers)] == [
+        ("Question", True),
+        ("Others", False),
+        ("Information", False),
+    ]
+
+
+def test_an_answer_weighs_what_it_was_mined_with_and_the_human_answer_1():
+    answers = [Answer(0, "Question", "", weight=0.7), Answer(0, "Others", "", weight=0.3)]
+    unpaired = label("sp", "released", [(DIALOGUE, answers)], ESCONV)
+    assert [(a.completion, a.weight) for a in unpaired] == [("Question", 1), ("Others", 0.3)]
 
 
 def test_answers_come_back_from_their_records():
@@ -384,3 +447,119 @@ def test_a_file_of_no_pairs_ends_in_one_clear_line(tmp_path, lines, message):
     with pytest.raises(DescError, match=message) as error:
         read_pairs(tmp_path / "pairs.jsonl", "sp")
     assert "\n" not in str(error.value)
+
+
+# --- unpaired answers -----------------------------------------------------------------------------
+
+ANSWER = Unpaired("rg/7/0/0", "rg", "7", 0, "Others", "", PROMPT, "Good.", True)
+
+
+def test_unpaired_answers_are_trls_conversational_format_and_come_back(tmp_path):
+    """But for the mismatched answers, which are found anew."""
+    other = replace(
+        ANSWER, id="b", prompt=talk("u Low"), completion="Bad.", label=False, weight=0.5
+    )
+    write_lines(tmp_path / "unpaired.jsonl", [ANSWER.record(), other.record()])
+    first, second = map(json.loads, (tmp_path / "unpaired.jsonl").read_text().splitlines())
+    assert first["prompt"] == PROMPT and first["label"] is True and second["label"] is False
+    assert first["completion"] == [{"role": "assistant", "content": "Good."}]
+    assert "weight" not in first and second["weight"] == 0.5
+    assert "mismatched" not in first
+    assert read_unpaired(tmp_path / "unpaired.jsonl", "rg") == [
+        replace(ANSWER, mismatched="Bad."),
+        replace(other, mismatched="Good."),
+    ]
+
+
+def test_strings_stand_for_messages_of_unpaired_answers(tmp_path):
+    records = [{"prompt": "Hi", "completion": "A", "label": True, "turn": None}]
+    records += [{"prompt": "Low", "completion": talk("a B"), "label": False, "score": 3}]
+    write_lines(tmp_path / "unpaired.jsonl", records)
+    first, second = read_unpaired(tmp_path / "unpaired.jsonl", "rg")
+    assert first == Unpaired("line 1", "rg", "line 1", 0, "", "", talk("u Hi"), "A", True, 1, "B")
+    assert (second.completion, second.label, second.mismatched) == ("B", False, "A")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label": None}, "field 'label' should be true or false, not null"),
+        ({"label": 1}, "field 'label' should be true or false, not 1"),
+        ({"label": "true"}, "field 'label' should be true or false, not a string"),
+        ({"completion": []}, "completion should hold one message, the answer, not 0"),
+        ({"completion": talk("u Hi", "a A")}, "completion should hold one message"),
+        ({"completion": talk("u A")}, "completion should end with the assistant's message"),
+        ({"completion": None}, "field 'completion' should be a list, not null"),
+        ({"completion": " "}, "completion, message 1: field 'content' is empty"),
+        ({"prompt": None}, "field 'prompt' should be a list, not null"),
+        ({"prompt": []}, "the prompt has no message of the user's"),
+        ({"prompt": talk("u Hi", "a Hm")}, "the prompt ends with the assistant's message"),
+        ({"task": "sp"}, "is of task 'sp', not 'rg'"),
+        ({"weight": 0}, "field 'weight' should be a positive, finite number, not 0"),
+        ({"id": "rg/7/0/0"}, "has the id 'rg/7/0/0' of a line before"),
+    ],
+)
+def test_a_line_that_is_no_answer_is_refused_with_its_number(tmp_path, change, message):
+    record = {"prompt": "Low", "completion": "Bad.", "label": False} | change
+    write_lines(tmp_path / "unpaired.jsonl", [ANSWER.record(), record])
+    with pytest.raises(DescError) as error:
+        read_unpaired(tmp_path / "unpaired.jsonl", "rg")
+    assert str(error.value).startswith(f"{tmp_path}/unpaired.jsonl: line 2")
+    assert message in str(error.value)
+
+
+def answer(dialogue, prompt, completion):
+    name = f"{dialogue}/{prompt}/{completion}"
+    return replace(
+        ANSWER, id=name, dialogue=dialogue, prompt=talk(f"u {prompt}"), completion=completion
+    )
+
+
+def mismatched(*answers):
+    return [found.mismatched for found in add_mismatched([answer(*each) for each in answers])]
+
+
+def test_answers_meet_those_at_the_same_place_of_the_dialogues_next_turn():
+    """So a human answer, the first of its turn, meets a human one; all are as frequent as they
+    were. Dialogues may be mixed."""
+    turns = [("7", "a", "A1"), ("7", "a", "A2"), ("8", "x", "X1"), ("7", "b", "B1")]
+    turns += [("7", "b", "B2"), ("8", "y", "Y1"), ("7", "c", "C1"), ("7", "c", "C2")]
+    assert mismatched(*turns) == ["B1", "B2", "Y1", "C1", "C2", "X1", "A1", "A2"]
+
+
+def test_answers_never_meet_one_in_the_same_words_or_to_the_same_prompt():
+    turns = [("7", "a", "Question"), ("7", "a", "Others"), ("7", "b", "Question")]
+    turns += [("7", "b", "Information")]
+    assert mismatched(*turns) == ["Information", "Information", "Others", "Others"]
+    # if the dialogue has none, another's
+    assert mismatched(("7", "a", "A"), ("8", "a", "B"), ("9", "c", "C")) == ["C", "C", "A"]
+
+
+def test_without_answers_to_other_prompts_kto_is_refused(tmp_path):
+    for answers in (
+        [answer("7", "a", "A")],
+        [answer("7", "a", "A"), answer("7", "a", "B")],
+        [answer("7", "a", "A"), answer("8", "b", "A")],
+    ):
+        write_lines(tmp_path / "unpaired.jsonl", [each.record() for each in answers])
+        with pytest.raises(DescError) as error:
+            read_unpaired(tmp_path / "unpaired.jsonl", "rg")
+        told = "KTO needs answers to other prompts, but none differs from that of 7/a/A"
+        assert str(error.value) == f"{tmp_path}/unpaired.jsonl: {told}"
+
+
+def test_both_answers_of_an_item_fit_behind_one_prompt(toy):
+    """The mismatched answer is the longer one, so an exchange is dropped for it."""
+    prompt, texts = (
+        talk("s S", "u Hi", "a Hello", "u Low"),
+        {"completion": "a", "mismatched": "a b c"},
+    )
+    answer = replace(ANSWER, prompt=prompt, label=False, weight=0.25, **texts)
+    whole = encode_unpaired(toy[1], answer, 2048, ESCONV.speakers)
+    assert whole.turns_cut == 0 and not whole.desirable and whole.weight == 0.25
+    longest = max(len(prompt) + len(completion) for prompt, completion in whole.sequences)
+    item = encode_unpaired(toy[1], answer, longest - 1, ESCONV.speakers)
+    own, other = item.sequences
+    assert item.turns_cut == 1 and own.prompt == other.prompt
+    shorter = replace(answer, mismatched="b")
+    assert encode_unpaired(toy[1], shorter, longest - 1, ESCONV.speakers).turns_cut == 0

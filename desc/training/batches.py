@@ -41,6 +41,23 @@ def encode_all(encode: Callable, examples: list, unit: str) -> list[Item]:
     return items
 
 
+def drop_equal(items: list[Item], unit: str) -> list[Item]:
+    """The pairs whose answers differ. Equal ones teach nothing, because their loss is ln 2 and
+    their gradient 0 for any model, but a batch's loss would be divided by their number, too.
+
+    Prints how many are left out. Raises DescError if none is left."""
+    differing = [item for item in items if item.sequences[0] != item.sequences[1]]
+    if not differing:
+        raise DescError(
+            f"chosen and rejected are the same in all {len(items)} {unit}; there is nothing to"
+            " prefer"
+        )
+    if len(differing) < len(items):
+        left_out = len(items) - len(differing)
+        print(f"leaves out {left_out} of {len(items)} {unit}: chosen and rejected are the same")
+    return differing
+
+
 def make_batches(examples: list, batch_size: int, share: str, seed: int, epoch: int) -> list[list]:
     """A shuffled epoch of examples or pairs, cut into batches. Their weights are counted, so with
     weights of 1 their number.
