@@ -16,16 +16,16 @@ The method, in reading order; each file imports only those above it
     exactness     the proof, on the model at hand, that a tree is exact
     modeling      loading a model, and refusing one whose files are not whole
     lora          adapters: the layer, switching, stacking, merging
-    losses        SFT and DPO, pure functions of log-probabilities
+    losses        SFT, DPO, IPO, SimPO and KTO, pure functions of log-probabilities
     sampling      exact distributions over strategies; replies that grow on the tree
-    pairs         preference pairs, and the files that hold them
+    pairs         preferences, in pairs or as single answers, and the files that hold them
     mining        answer, annotate, route: from errors to preference pairs
     metrics       preference bias B, Q, and intervals
     calibration   a planner's offsets, with which it uses strategies as often as people do
 
 The wings; they import the method, never the reverse
-    training/     batches, the run and its optimizer, validation, ranks, sharding, the memory
-                  estimate
+    training/     batches, objectives, the run and its optimizer, validation, ranks, sharding, the
+                  memory estimate
     judging/      annotator, judge, the endpoint that both may ask, agreement with people, and the
                   tables that people fill in
     evaluation/   systems, scores, tables, text overlap, the report page and its figures;

@@ -29,6 +29,7 @@ from desc import attention, forward
 from desc.forward import sequence_logps
 from desc.lora import add_adapter, train_adapters
 from desc.losses import dpo_loss, sft_loss
+from desc.training import objectives
 from desc.training.run import Run, clip_and_step, seed_dropout
 from desc.training.speed import compile_layers
 from desc.tree import PADDING, dense_mask, grow, pad
@@ -58,8 +59,8 @@ def dpo_step(model, forest, run):
     policy = train_dpo.pair_logps(model, forest)
     losses, chosen, rejected = dpo_loss(*policy.unbind(1), *reference.unbind(1), beta=0.5)
     losses.mean().backward()
-    sums = train_dpo.sum_metrics(losses, chosen, rejected, policy, torch.ones_like(losses))
-    record = dict(zip(train_dpo.METRICS, sums)) | {"nodes": len(forest.ids)}
+    sums = objectives.sum_metrics(losses, chosen, rejected, policy, torch.ones_like(losses))
+    record = dict(zip(objectives.METRICS, sums)) | {"nodes": len(forest.ids)}
     clip_and_step(run, CONFIG, record, "pairs")
 
 

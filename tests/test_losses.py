@@ -49,7 +49,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import train_dpo
 from desc.domain import ESCONV
 from desc.encoding import encode, encode_example
 from desc.forward import sequence_logps
@@ -57,6 +56,7 @@ from desc.lora import adapter_off, add_adapter, lora_layers, save_adapter
 from desc.losses import dpo_loss, ipo_loss, kto_loss, self_mined_optimum, sft_loss, simpo_loss
 from desc.prompts import build_examples
 from desc.storage.zoo import locate
+from desc.training import objectives
 from desc.tree import pack, plant
 
 POLICY = torch.tensor([-10.0, -20.0]), torch.tensor([-14.0, -15.0])
@@ -363,7 +363,7 @@ def test_each_objective_equals_trl(objective, settings, seed, toy, sample, tmp_p
     config = SimpleNamespace(
         objective=objective, beta=settings["beta"], margin=1.0, label_smoothing=0.0, sft_weight=0.0
     )
-    loss, _ = train_dpo.sum_losses(config, items, items, after, before, drift)
+    loss, _ = objectives.sum_losses(config, items, items, after, before, drift)
     loss = loss / len(items)
     loss.backward()
 

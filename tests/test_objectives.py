@@ -29,6 +29,7 @@ from desc.flags import training_settings
 from desc.pairs import Unpaired, read_pairs
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
 from desc.storage.files import write_lines
+from desc.training import objectives
 
 SHIPPED = files("desc") / "data" / "sp" / "pairs.jsonl"
 COMMON = ("--task", "sp", "--model", "toy", "--sft", "base", "--dtype", "float32")
@@ -184,7 +185,7 @@ def test_ktos_metrics_by_hand(parts):
     for part in parts:
         members = [batch[i] for i in part]
         rows = policy[part], reference[part]
-        loss, sums = train_dpo.sum_losses(
+        loss, sums = objectives.sum_losses(
             make_config("kto", 0.5), batch, members, *rows, torch.tensor(0.0)
         )
         totals.append(torch.cat([loss[None], sums]))
@@ -197,7 +198,7 @@ def test_ktos_metrics_by_hand(parts):
 def test_kto_with_answers_of_one_kind_gives_no_nan():
     batch = [make_item(True), make_item(True)]
     rows = torch.full((2, 2), -3.0), torch.full((2, 2), -3.0)
-    _, sums = train_dpo.sum_losses(make_config("kto", 0.5), batch, batch, *rows, torch.tensor(0.0))
+    _, sums = objectives.sum_losses(make_config("kto", 0.5), batch, batch, *rows, torch.tensor(0.0))
     assert (sums / 2).tolist() == [0.5, 0, 0, 0, 0, -3, 0]
 
 
@@ -213,7 +214,7 @@ def test_sft_weight_adds_the_chosen_answers_loss_per_token(objective, beta, plai
     lengths = torch.tensor([[4, 2]])
     for weight, added in ((0.0, 0), (0.3, 0.75)):
         config = make_config(objective, beta, sft_weight=weight)
-        losses, *_ = train_dpo.preference_loss(config, policy, reference, lengths)
+        losses, *_ = objectives.preference_loss(config, policy, reference, lengths)
         assert losses.tolist() == pytest.approx([plain + added], abs=1e-5)
 
 
