@@ -54,8 +54,9 @@ step $out/rg/sft/config.json train_sft.py $rg $few $sft
 step $out/rg/config.json mine_preferences.py $rg $few --max-new-tokens 64
 step $out/rg/dpo/config.json train_dpo.py $rg $dpo
 replies=out/esconv/replies
-step $replies/eval/results.json evaluate.py $esconv --seed $seed --out $replies --eval-dialogues 40 \
-    --max-new-tokens 64 --seeds 3 --report $replies/report.html --systems \
+answered="--eval-dialogues 40 --max-new-tokens 64 --seeds 3"
+step $replies/eval/results.json evaluate.py $esconv --seed $seed --out $replies $answered \
+    --report $replies/report.html --systems \
     vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft \
     sft=sp:$out/sp/sft,rg:$out/rg/sft dpo=sp:$out/sp/dpo,rg:$out/rg/dpo
 "${VENV:-.venv}/bin/python" benchmarks/experiments.py --record out/esconv/*/eval \
