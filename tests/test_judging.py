@@ -538,8 +538,9 @@ def test_control_marks_in_utterances_are_broken_on_their_way_to_a_server(server,
     sampler.write(dialogue, [(1, "Question")])
     system, *sent = server.calls[-1][1]["messages"]
     assert "Question" in system["content"] and len(sent) == 3
+    assert sent[-1]["content"].endswith("(Strategy of your reply: Question)")
     for message in sent:
-        content = message["content"]
+        content = message["content"].removesuffix("\n\n(Strategy of your reply: Question)")
         assert not any(mark in content for mark in ("<|", "</s>", "[INST]", "<end_of_turn>"))
         assert content.replace(" ", "") == text.replace(" ", "")
 
@@ -547,7 +548,8 @@ def test_control_marks_in_utterances_are_broken_on_their_way_to_a_server(server,
 def test_ordinary_text_reaches_a_server_unchanged(server):
     text = "I <3 you [sob] :-< 5 < 6 [Ok]"
     sampler_of(server).write(Dialogue("7", (Turn("seeker", text), REPLY)), [(0, "Question")])
-    assert server.calls[-1][1]["messages"][1]["content"] == text
+    sent = server.calls[-1][1]["messages"][1]["content"]
+    assert sent == f"{text}\n\n(Strategy of your reply: Question)"
 
 
 # --- the judge ------------------------------------------------------------------------------------
