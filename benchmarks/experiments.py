@@ -56,7 +56,8 @@ def made_with(folder: Path) -> dict:
     same of its pairs and of its SFT adapter."""
     flags = cli.read_config(folder)
     made = {"flags": {name: value for name, value in flags.items() if value not in (None, [])}}
-    metrics = [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+    run = folder.parent if folder.name in ("best", "last") else folder
+    metrics = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
     made["steps"] = metrics[-1]["step"]
     made["seconds"] = round(metrics[-1]["time"] - metrics[0]["time"])
     made["nodes"] = round(sum(record["nodes"] for record in metrics))
