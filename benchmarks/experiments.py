@@ -51,11 +51,23 @@ def read_record(path: Path) -> dict:
     return parse_json(read_text(path), f"{path}:")
 
 
+def without_places(flags: dict) -> dict:
+    """The flags that were given or have a value. Where things lay says nothing to others, so files
+    keep their names alone."""
+    kept = {name: value for name, value in flags.items() if value not in (None, [])}
+    for name in ("out", "sft", "pairs"):
+        kept.pop(name, None)
+    for name in ("data", "split_file", "domain"):
+        if name in kept:
+            kept[name] = Path(kept[name]).name
+    return kept
+
+
 def made_with(folder: Path) -> dict:
     """What made an adapter: its flags, the steps and seconds of its training and, after DPO, the
     same of its pairs and of its SFT adapter."""
     flags = cli.read_config(folder)
-    made = {"flags": {name: value for name, value in flags.items() if value not in (None, [])}}
+    made = {"flags": without_places(flags)}
     run = folder.parent if folder.name in ("best", "last") else folder
     metrics = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
     made["steps"] = metrics[-1]["step"]
@@ -65,7 +77,7 @@ def made_with(folder: Path) -> dict:
         home = Path(flags["out"]) / flags["task"]
         pairs = Path(flags["pairs"]) if flags["pairs"] else home
         mined = read_record(pairs / "mining.json")
-        made["mining"] = {"flags": cli.read_config(pairs), "pairs": mined["pairs"]}
+        made["mining"] = {"flags": without_places(cli.read_config(pairs)), "pairs": mined["pairs"]}
         made["sft"] = made_with(Path(flags["sft"]) if flags["sft"] else home / "sft")
     return made
 
