@@ -113,12 +113,29 @@ def identity(line: dict) -> str:
     return work_key(*(line[name] for name in ("system", "seed", "adapters", "evaluation")))
 
 
-def group_lines(lines: list[dict]) -> dict[str, list[dict]]:
-    """The lines of each system, in the order in which systems come first."""
-    groups: dict[str, list[dict]] = {}
+def recipe(made) -> object:
+    """What was done to make an adapter, without what differs from seed to seed and day to day."""
+    if not isinstance(made, dict):
+        return made
+    passing = {"seed", "date", "seconds", "nodes", "steps", "pairs", "desc", "torch", "save_every"}
+    return {name: recipe(value) for name, value in made.items() if name not in passing}
+
+
+def group_lines(lines: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """{how it was evaluated: {system: its lines}}, in the order in which they come first. Lines
+    of a system differ by their seed. One of another recipe is another system, "NAME (2)"."""
+    tables: dict[str, dict[str, list[dict]]] = {}
+    names: dict[tuple, str] = {}  # of each system by evaluation, name and recipe
     for line in lines:
-        groups.setdefault(line["system"], []).append(line)
-    return groups
+        facts = {name: value for name, value in line["evaluation"].items() if name != "seed"}
+        evaluation = ", ".join(f"{name} {value}" for name, value in facts.items())
+        groups, system = tables.setdefault(evaluation, {}), line["system"]
+        key = (evaluation, system, str(recipe(line["made"])))
+        if key not in names:
+            others = sum(known[:2] == key[:2] for known in names)
+            names[key] = f"{system} ({others + 1})" if others else system
+        groups.setdefault(names[key], []).append(line)
+    return tables
 
 
 def mean_and_half_width(values: list[float], limits: list) -> tuple[float, float | None]:
@@ -165,9 +182,21 @@ def table(groups: dict[str, list[dict]], columns, difference: bool = False) -> s
     return cli.markdown([["system", "seeds", *columns], *body]) if body else ""
 
 
+def print_tables(evaluation: str, groups: dict[str, list[dict]]) -> None:
+    """The tables of one way to evaluate."""
+    print(f"## {evaluation}\n")
+    written = {name: group for name, group in groups.items() if name != FREQUENCIES}
+    print(table(groups, PLANNER_COLUMNS))
+    for columns in (TEXT_COLUMNS, JUDGE_COLUMNS):
+        if shown := table(written, columns):
+            print(f"\n{shown}")
+    differences = table(groups, PLANNER_COLUMNS, difference=True)
+    print(f"\nDifferences to the first system\n\n{differences}\n")
+
+
 def draw(groups: dict[str, list[dict]], path: str) -> None:
     """Q over B of each system at all temperatures, the mean over its seeds: as it is (solid), and
-    with offsets by frequencies (dashed)."""
+    with offsets by frequencies (dashed). Of the first way to evaluate."""
     matplotlib = load_matplotlib()
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
     plot = figure.add_subplot()
@@ -202,14 +231,11 @@ def main():
         write_lines(path, lines)
     if not lines:
         raise DescError(f"{path}: holds no line; give --record OUT/eval of an evaluation")
-    groups = group_lines(lines)
-    for columns in (PLANNER_COLUMNS, TEXT_COLUMNS, JUDGE_COLUMNS):
-        without = {name: group for name, group in groups.items() if name != FREQUENCIES}
-        shown = table(groups if columns is PLANNER_COLUMNS else without, columns)
-        print(shown, end="\n\n" if shown else "")
-    print(f"Differences to the first system\n\n{table(groups, PLANNER_COLUMNS, difference=True)}")
+    tables = group_lines(lines)
+    for evaluation, groups in tables.items():
+        print_tables(evaluation, groups)
     if config.plot:
-        draw(groups, config.plot)
+        draw(next(iter(tables.values())), config.plot)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ for seed in ${4:-0 1 2}; do
   step $law/sp/dpo/config.json train_dpo.py $sp --out $law $dpo --beta 1
 
   # One model for both. Its mining writes replies, so it has fewer dialogues.
-  vanilla="--task vanilla $data --eval-dialogues 4 --out $out"
+  vanilla="--task vanilla $data --eval-dialogues 20 --out $out"
   step $out/vanilla/sft/config.json train_sft.py $vanilla $many $sft
   step $out/vanilla/config.json mine_preferences.py $vanilla $few --max-new-tokens 64
   step $out/vanilla/dpo/config.json train_dpo.py $vanilla $dpo

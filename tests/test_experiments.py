@@ -11,11 +11,15 @@ sys.path.append(str(ROOT / "benchmarks"))
 from experiments import cell, group_lines, identity, mean_and_half_width, table  # noqa: E402
 
 
-def make_line(system: str, seed: int, q: float, half: float, difference=None) -> dict:
+def make_line(
+    system: str, seed: int, q: float, half: float = 1, difference=None, lr: float = 5e-5
+) -> dict:
     row = {"Q": q, "Q interval": [q - half, q + half]}
     if difference is not None:
         row["Q difference"] = [difference, difference - half, difference + half]
-    return {"system": system, "seed": seed, "adapters": {}, "evaluation": {}, "scores": row}
+    made = {"sp": {"flags": {"seed": seed, "lr": lr}, "steps": seed}}
+    line = {"system": system, "seed": seed, "adapters": {}, "made": made, "scores": row}
+    return line | {"evaluation": {"seed": seed, "test dialogues": 130}}
 
 
 def test_the_interval_over_seeds_and_dialogues_by_hand():
@@ -30,7 +34,7 @@ def test_the_interval_over_seeds_and_dialogues_by_hand():
 def test_a_table_has_a_line_for_each_system():
     lines = [make_line("sft", seed, 16.0 + seed, 1) for seed in range(3)]
     lines += [make_line("dpo", 0, 15.0, 1, difference=-1.0)]
-    groups = group_lines(lines)
+    (groups,) = group_lines(lines).values()
     assert [len(group) for group in groups.values()] == [3, 1]
     assert table(groups, ("Q", "B")).splitlines()[2:] == [
         "| sft | 3 | 17.0 ± 2.7 |  |",
@@ -40,8 +44,17 @@ def test_a_table_has_a_line_for_each_system():
     assert table(groups, ("B",)) == ""
 
 
+def test_another_recipe_is_another_system_and_another_evaluation_another_table():
+    lines = [make_line("sft", 0, 16), make_line("sft", 0, 18, lr=5e-4), make_line("sft", 1, 17)]
+    forty = {"seed": 0, "test dialogues": 40}
+    tables = group_lines([*lines, make_line("sft", 2, 15) | {"evaluation": forty}])
+    assert list(tables) == ["test dialogues 130", "test dialogues 40"]
+    sizes = [{name: len(group) for name, group in groups.items()} for groups in tables.values()]
+    assert sizes == [{"sft": 2, "sft (2)": 1}, {"sft": 1}]
+
+
 def test_lines_are_the_same_experiment_if_seed_adapters_and_evaluation_are():
-    one, again, other = (make_line("sft", seed, q, 1) for seed, q in ((0, 1), (0, 2), (1, 1)))
+    one, again, other = (make_line("sft", seed, q) for seed, q in ((0, 1), (0, 2), (1, 1)))
     assert identity(one) == identity(again) != identity(other)
     assert identity(one) != identity(one | {"evaluation": {"temperature": 0.5}})
 
