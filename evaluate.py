@@ -240,7 +240,7 @@ def main():
     facts |= asdict(config) | settings
 
     # Write and print.
-    curves = frontiers(systems, answers, config, strategies)
+    curves = frontiers(systems, answers, strategies)
     summary = {"facts": facts, "systems": rows, "frontiers": curves}
     write_json(config.folder / "results.json", summary)
     print(

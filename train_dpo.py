@@ -54,7 +54,7 @@ from desc.training.run import (
     seed_dropout,
 )
 from desc.training.sharding import must_shard
-from desc.training.validation import planned_turns, planner_logps, planner_scores
+from desc.training.validation import planned_turns, score_planner
 from desc.tree import Forest, send
 
 OBJECTIVES = ("dpo", "ipo", "simpo", "kto")
@@ -291,11 +291,9 @@ def main():
     def check() -> None:
         """Validate, and keep the best. A planner is judged by the likelihood of the human strategy,
         which over-correction harms (docs/tour.md)."""
-        scores, planned = validate(model, config, valid_items, valid_micro_batches, valid_known), []
-        if turns:
-            logps = planner_logps(model, config, turns)
-            scores |= planner_scores(logps, turns)
-            planned = turns.records(logps)
+        scores = validate(model, config, valid_items, valid_micro_batches, valid_known)
+        planner_scores, planned = score_planner(model, config, turns)
+        scores |= planner_scores
         score = scores["valid/nll" if config.task == "sp" else "valid/loss"]
         keep_best(run, model, config, scores, score, planned)
 

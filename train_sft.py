@@ -39,7 +39,7 @@ from desc.training.run import (
     seed_dropout,
 )
 from desc.training.sharding import must_shard
-from desc.training.validation import planned_turns, planner_logps, planner_scores
+from desc.training.validation import planned_turns, score_planner
 
 
 @dataclass
@@ -154,11 +154,9 @@ def main():
         sums = {"loss": total, "nodes": nodes, "turns_cut": turns_cut}
         clip_and_step(run, config, sums, f"turns {batch[0].id} … {batch[-1].id}")
         if is_due(run, config.eval_every) or run.step == len(run.batches):
-            scores, planned = validate(model, config, valid_items), []
-            if turns:
-                logps = planner_logps(model, config, turns)
-                scores |= planner_scores(logps, turns)
-                planned = turns.records(logps)
+            scores = validate(model, config, valid_items)
+            planner_scores, planned = score_planner(model, config, turns)
+            scores |= planner_scores
             keep_best(run, model, config, scores, scores["valid/loss"], planned)
         save_checkpoint_if_due(run, config.save_every)
     finish(run, model, config)

@@ -14,6 +14,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from contest import machine
 
@@ -90,8 +91,7 @@ def make_lines(folder: Path) -> list[dict]:
     given = dict(system.split("=", 1) for system in facts["systems"])
     asked = {"seed", "temperature", "top_p", "seeds", "dtype", "test dialogues", "test data"}
     evaluation = {name: facts[name] for name in sorted(asked | {"decode", "max_new_tokens"})}
-    config = Config()
-    config.dtype = facts["dtype"]
+    computed_in = SimpleNamespace(dtype=facts["dtype"])
     for name, row in results["systems"].items():
         adapters = dict(
             part.split(":", 1)
@@ -102,7 +102,7 @@ def make_lines(folder: Path) -> list[dict]:
         seeds = [part["flags"]["seed"] for part in made.values()]
         line = {"system": name, "seed": seeds[0] if seeds else 0, "made": made}
         line |= {"adapters": facts["adapters"].get(name, {}), "evaluation": evaluation}
-        line |= {"calibrate": facts["calibrate"], "machine": machine(config), "scores": row}
+        line |= {"calibrate": facts["calibrate"], "machine": machine(computed_in), "scores": row}
         line |= {"frontier": results["frontiers"].get(name)}
         lines.append(line)
     return lines

@@ -92,21 +92,34 @@ def maximise_likelihood(logps: torch.Tensor, gold: torch.Tensor) -> Calibration:
     return Calibration(float((-sharpness.detach()).exp()), fitted - fitted.mean())
 
 
-def correct_prior(frequencies: torch.Tensor, strength: float = 1.0) -> Calibration:
-    """log p − strength · log frequency: prior correction (Menon et al. 2021, logit adjustment). It
+def correct_prior(frequencies: torch.Tensor) -> Calibration:
+    """log p − log frequency: prior correction (Menon et al. 2021, logit adjustment). It
     aims at using all strategies evenly, which is not what people do."""
-    offsets = -strength * frequencies.log()
+    offsets = -frequencies.log()
     return Calibration(1.0, offsets - offsets.mean())
 
 
-def read_calibration(folder: str | Path, config, strategies: Strategies) -> Calibration | None:
-    """How the planner whose adapter lies in `folder` is calibrated for sampling as `config` (a
-    desc.flags.SampleConfig) says; None for --calibrate none. It is fitted on what training has
-    saved there as PLANNED.
+@dataclass(frozen=True)
+class Planned:
+    """What a planner plans for T validation turns, and how often people use each strategy."""
+
+    logps: torch.Tensor  # (T, K)
+    gold: torch.Tensor  # (T,) indices of people's strategies
+    frequencies: torch.Tensor  # (K,) of the training turns
+
+    def fit(self, way: str, temperature: float, top_p: float) -> Calibration:
+        """The calibration of one of WAYS, for sampling at `temperature` and `top_p`."""
+        if way == "prior":
+            return correct_prior(self.frequencies)
+        if way == "likelihood":
+            return maximise_likelihood(self.logps, self.gold)
+        return match_frequencies(self.logps, self.frequencies, temperature, top_p)
+
+
+def read_planned(folder: str | Path, strategies: Strategies) -> Planned:
+    """What training has saved beside a planner's adapter in `folder`, as PLANNED.
 
     Raises DescError if that is missing or damaged, or was made with other strategies."""
-    if config.calibrate == "none":
-        return None
     path = Path(folder) / PLANNED
     if not path.exists():
         raise DescError(
@@ -116,11 +129,23 @@ def read_calibration(folder: str | Path, config, strategies: Strategies) -> Cali
     counts = read_field(first, "counts", dict, where)
     if tuple(counts) != strategies or not turns:
         raise DescError(f"{path}: was made with other strategies; train the planner again")
+    logps, gold = [], []
+    for where, turn in turns:
+        row = read_field(turn, "logps", list, where)
+        name = read_field(turn, "gold", str, where)
+        numbers = [value for value in row if isinstance(value, float)]
+        if name not in strategies or len(row) != len(strategies) or numbers != row:
+            raise DescError(f"{where}: is no turn of these strategies; train the planner again")
+        logps.append(row)
+        gold.append(strategies.index(name))
     frequencies = strategy_frequencies(list(counts.values()))
-    logps = torch.tensor([read_field(turn, "logps", list, where) for where, turn in turns])
-    gold = [strategies.index(read_field(turn, "gold", str, where)) for where, turn in turns]
-    if config.calibrate == "prior":
-        return correct_prior(frequencies)
-    if config.calibrate == "likelihood":
-        return maximise_likelihood(logps, torch.tensor(gold))
-    return match_frequencies(logps, frequencies, config.temperature, config.top_p)
+    return Planned(torch.tensor(logps), torch.tensor(gold), frequencies)
+
+
+def read_calibration(folder: str | Path, config, strategies: Strategies) -> Calibration | None:
+    """How the planner whose adapter lies in `folder` is calibrated for sampling as `config` (a
+    desc.flags.SampleConfig) says; None for --calibrate none. Raises DescError as read_planned."""
+    if config.calibrate == "none":
+        return None
+    planned = read_planned(folder, strategies)
+    return planned.fit(config.calibrate, config.temperature, config.top_p)

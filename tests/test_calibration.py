@@ -134,7 +134,6 @@ def test_prior_correction_by_hand():
     """Strategies of ¾ and ¼: a planner that knows only these becomes even."""
     frequencies = torch.tensor([0.75, 0.25], dtype=torch.float64)
     close(correct_prior(frequencies).apply(frequencies.log()[None]).exp(), [[0.5, 0.5]])
-    close(correct_prior(frequencies, 0.0).offsets, [0, 0])
 
 
 PAIR = Strategies(("Ask", "Tell"))
@@ -168,13 +167,17 @@ def test_what_cannot_be_fitted_on_is_refused(tmp_path):
     write_planned(tmp_path, {"turn": "0/0", "gold": "Ask"})
     with pytest.raises(DescError, match="line 2: field 'logps'"):
         read_calibration(tmp_path, sampled("frequencies"), PAIR)
+    for gold, logps in (("Say", [-0.5, -0.5]), ("Ask", [-0.5]), ("Ask", [-0.5, "x"])):
+        write_planned(tmp_path, {"turn": "0/0", "gold": gold, "logps": logps})
+        with pytest.raises(DescError, match="line 2: is no turn of these strategies"):
+            read_calibration(tmp_path, sampled("frequencies"), PAIR)
 
 
 def frontier_of(logps: list, gold: list, folder, calibrated: bool = False) -> dict:
     """The frontiers of one system that answered one dialogue; its adapter lies in `folder`."""
     system = System("x", "sp", str(folder), calibrated=calibrated)
     answers = {"x": [{"logps": logps, "gold": gold}]}
-    return frontiers([system], answers, sampled("none"), PAIR).get("x", {})
+    return frontiers([system], answers, PAIR).get("x", {})
 
 
 def test_a_frontier_by_hand(tmp_path):

@@ -2,13 +2,12 @@
 
 All of it is computed from exact distributions that were scored already, so it costs nothing."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from desc.calibration import PLANNED, WAYS, read_calibration
+from desc.calibration import PLANNED, WAYS, read_planned
 from desc.domain import Strategies
 from desc.evaluation.systems import System
 from desc.metrics import bias_of_confusion, expected_confusion, scores_of_confusion
@@ -18,14 +17,14 @@ TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.25, 1.5)
 
 
 def frontiers(
-    systems: list[System], answers: dict[str, list[dict]], config, strategies: Strategies
+    systems: list[System], answers: dict[str, list[dict]], strategies: Strategies
 ) -> dict[str, dict[str, list[dict]]]:
     """{system: {"none" or a way to calibrate: points}} of the systems that are not calibrated yet,
     and whose planner scored all strategies. A point is {"T", "accuracy", "Q", "Q_W", "B"}, expected
     for strategies sampled at that temperature and top_p 1: in percent, but for T and B.
 
-    `answers` is {system: its records} and `config` a desc.flags.SampleConfig. A planner is
-    calibrated if training has saved what it plans for validation turns beside its adapter."""
+    `answers` is {system: its records}. A planner is calibrated if training has saved what it plans
+    for validation turns beside its adapter. Raises DescError if that is damaged."""
     found = {}
     for system in systems:
         records = answers[system.name]
@@ -33,14 +32,13 @@ def frontiers(
             continue
         logps = torch.tensor([row for record in records for row in record["logps"]])
         gold = [name for record in records for name in record["gold"]]
-        has_planned = (Path(system.planner_adapter) / PLANNED).exists()
-        ways = ("none", *WAYS) if has_planned else ("none",)
+        planned, ways = None, ("none",)
+        if (Path(system.planner_adapter) / PLANNED).exists():
+            planned, ways = read_planned(system.planner_adapter, strategies), ("none", *WAYS)
         found[system.name] = {way: [] for way in ways}
         for way, points in found[system.name].items():
             for T in TEMPERATURES:
-                sampled = replace(config, calibrate=way, temperature=T, top_p=1.0)
-                calibration = read_calibration(system.planner_adapter, sampled, strategies)
-                shifted = calibration.apply(logps) if calibration else logps
+                shifted = logps if way == "none" else planned.fit(way, T, 1.0).apply(logps)
                 points.append({"T": T} | score_point(temper(shifted, T, 1.0), gold, strategies))
     return found
 

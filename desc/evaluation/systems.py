@@ -9,7 +9,7 @@ import torch
 from desc import DescError, cli
 from desc.calibration import Calibration, read_calibration
 from desc.domain import Domain, Strategies
-from desc.esconv import Dialogue
+from desc.esconv import Dialogue, gold_strategies
 from desc.evaluation.scores import FREQUENCIES
 from desc.judging.judge import Judge, contest, rate
 from desc.lora import adapter_only
@@ -182,7 +182,7 @@ def plan_strategies(
 
     `config` is evaluate.py's; its `decode` says how the planner is asked."""
     if system.plans_as_human:
-        gold = [turn.strategy for turn in dialogue.supporter_turns()]
+        gold = gold_strategies([dialogue])
         return Plan([gold] * config.seeds, [], [])
     configs = [replace(config, seed=config.seed + i) for i in range(config.seeds)]
     with loaded.with_adapter(system.planner_adapter):

@@ -68,15 +68,23 @@ def planner_logps(model, config: TrainConfig, turns: PlannedTurns) -> torch.Tens
     return torch.stack([scored[item.id] for item in turns.items])
 
 
-def planner_scores(logps: torch.Tensor, turns: PlannedTurns) -> dict[str, float]:
-    """A planner's exact scores, of its log-probabilities (T, K): the negative log-likelihood of the
-    human strategy at T = 1, and accuracy, Q and B of the confusion matrix that sampling at the
-    paper's T 0.7, top_p 0.95 has on average."""
+def score_planner(
+    model, config: TrainConfig, turns: PlannedTurns | None
+) -> tuple[dict[str, float], list[dict]]:
+    """A planner's exact scores, and what it planned (PlannedTurns.records); both empty without
+    `turns`.
+
+    They are the negative log-likelihood of the human strategy at T = 1, and accuracy, Q and B of
+    the confusion matrix that sampling at the paper's T 0.7, top_p 0.95 has on average."""
+    if turns is None:
+        return {}, []
+    logps = planner_logps(model, config, turns)
     counts = expected_confusion(temper(logps, 0.7, 0.95).numpy(), turns.gold, turns.strategies)
     scores = scores_of_confusion(counts)
-    return {
+    scored = {
         "valid/nll": negative_log_likelihood(logps.numpy(), turns.gold, turns.strategies),
         "valid/accuracy": scores.accuracy,
         "valid/Q": scores.macro_f1,
         "valid/B": bias_of_confusion(counts).bias,
     }
+    return scored, turns.records(logps)
