@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -127,10 +128,10 @@ def training_dialogues(config) -> list[Dialogue]:
     )["train"]
 
 
-def typical(dialogues: list[Dialogue], count: int) -> list[Dialogue]:
+def typical(things: list, count: int, length: Callable = len) -> list:
     """So many, evenly spaced in the order of length: of two, the ones longer than a quarter and
     than three quarters of all."""
-    ordered = sorted(dialogues, key=len)
+    ordered = sorted(things, key=length)
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 
 

@@ -33,6 +33,7 @@ from contest import (
     seconds_of_training,
     shape_of,
     training_dialogues,
+    typical,
 )
 from dpo_step import BETA, encode_pairs, loss_of, make_pairs
 from scaling import lay_end_to_end
@@ -46,7 +47,7 @@ from desc.training.speed import compile_layers, recompute_activations
 from desc.tree import SHARING, Forest, dense_mask, pack, pad
 
 TURNS = 14  # supporter turns of a dialogue, ESConv's mean
-SOME = 16  # pairs, evenly spaced, where a pair costs the same without the others
+SOME = 32  # pairs, where a pair costs the same without the others
 NODES = (512, 1024, 2048, 4096, 8192, 16384) if CUDA else (256, 512)
 ROOT = Path(__file__).parents[1]
 
@@ -116,7 +117,8 @@ def long_pairs(config) -> list[Pair]:
 
 
 def some_of(pairs: list[Pair]) -> list[Pair]:
-    return pairs[:: max(1, len(pairs) // SOME)][:SOME]
+    """SOME of them, whose mean length is that of all."""
+    return typical(pairs, min(SOME, len(pairs)), lambda pair: len(str(pair.prompt)))
 
 
 def estimated_memory(config, forests: list[Forest], recompute: bool) -> float:

@@ -26,11 +26,19 @@ BLOCK = 192  # queries at a time, on the CPU
 SPARSE = 1.3
 
 
+def compile_for_all_lengths(function, **settings):
+    """torch.compile for any length at once: a kernel for each length would meet the limit of
+    compilations, after which PyTorch falls back to N × N.
+
+    Numbers such as LoRA's scale are no lengths, and stay constants. Otherwise PyTorch makes them
+    tensors on the CPU and compiles C++ for these, which took most of a first step's minute."""
+    torch._dynamo.config.specialize_float = True
+    return torch.compile(function, dynamic=True, **settings)
+
+
 @cache
 def compiled_flex():
-    # For any length at once: a kernel for each would meet the limit of compilations, after which
-    # PyTorch falls back to N × N.
-    return torch.compile(flex_attention, dynamic=True)
+    return compile_for_all_lengths(flex_attention)
 
 
 def flex(query, key, value, **settings):

@@ -206,23 +206,44 @@ def forests():
         yield pad(grow(flat(random_items(0, turns=turns))), PADDING)
 
 
+# With windows and without, a layer is compiled for reference, policy and validation.
+# And for the policy in its first layer, because its input has no gradient.
+GRAPHS = 2 + 2 + 2 + 1
+
+
+def train_and_validate(model, run, device):
+    for forest in forests():
+        dpo_step(model, forest.to(device), run)
+        model.eval()
+        with torch.no_grad():
+            train_dpo.pair_logps(model, forest.to(device))
+
+
 @compiles
-def test_layers_are_compiled_once_for_all_layers_and_lengths(layered, device, monkeypatch):
-    """But once for each of policy and reference, with windows and without: 4 graphs, of at most 8
-    that PyTorch compiles of one function. What the graphs compute is left to Python here, where
-    FlexAttention runs without gradients alone."""
-    if device.type == "cuda":
-        pytest.skip("the test below does more")
-    eager = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: eager(f, dynamic=dynamic))
+def test_layers_are_compiled_once_for_all_layers_and_lengths(layered, tmp_path, monkeypatch):
+    """What the graphs compute is left to Python here, and FlexAttention, which has no backward on
+    the CPU, is left out."""
+    taken = []
+
+    def eager(graph, inputs):
+        taken.extend(inputs)
+        return graph.forward
+
+    def attend(query, key, value, block_mask, scale):
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    compiler = partial(torch.compile, backend=eager)
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compiler(f, dynamic=dynamic))
+    monkeypatch.setattr(attention, "flex_attention", attend)
     monkeypatch.setattr(forward, "tree_mask", attention.flex_mask)
+    run = begin(layered, tmp_path, fused=False)
     compile_layers(layered, torch.device("cuda"))
     before = graphs()
-    for forest in forests():
-        train_dpo.reference_logps(layered, forest)
-        with torch.no_grad():
-            train_dpo.pair_logps(layered, forest)
-    assert graphs() - before == 4
+    train_and_validate(layered, run, layered.device)
+    assert graphs() - before == GRAPHS
+    # A number that is not a constant would be a tensor in fp64, on the CPU.
+    dtypes = {x.dtype for x in taken if isinstance(x, torch.Tensor)}
+    assert torch.float32 in dtypes and torch.float64 not in dtypes
 
 
 @compiles
@@ -234,9 +255,8 @@ def test_steps_stay_within_the_limit_of_compilations(layered, device, tmp_path, 
     run = begin(layered, tmp_path, fused=True)
     compile_layers(layered, device)
     before = graphs()
-    for forest in forests():
-        dpo_step(layered, forest.to(device), run)
-    assert graphs() - before == 4
+    train_and_validate(layered, run, device)
+    assert graphs() - before == GRAPHS
 
 
 # --- a run that is stopped ------------------------------------------------------------------------

@@ -288,8 +288,8 @@ def test_a_rank_without_work_has_a_loss_and_gradients_of_zero(toy_on_device, dev
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_policy_equals_its_reference_before_the_first_step(toy_on_device, sample, dtype):
-    """They are equal to the bit; on a GPU also in compiled layers, although fused operations could
-    round bf16 differently. Compiled layers give about the same numbers and gradients."""
+    """They are equal to the bit, on a GPU also in compiled layers in bf16, although fused operations
+    could round differently. Compiled layers give about the same numbers and gradients."""
     model, tokenizer = deepcopy(toy_on_device[0]).to(dtype), toy_on_device[1]
     random_adapter(model, "sft")
     add_adapter(model, "dpo", rank=4)
@@ -308,7 +308,10 @@ def test_the_policy_equals_its_reference_before_the_first_step(toy_on_device, sa
         with torch.no_grad(), adapter_off(model, "dpo"):
             reference = sequence_logps(model, forest)
         policy = sequence_logps(model, forest)
-        assert torch.equal(policy, reference)
+        if compiled and dtype == torch.float32:  # see compile_layers
+            assert_near(policy, reference, 1e-4)
+        else:
+            assert torch.equal(policy, reference)
         policy.sum().backward()
         results.append((policy.detach(), trained_gradient(model)))
         assert results[-1][1].count_nonzero() > 0
