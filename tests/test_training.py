@@ -288,7 +288,7 @@ def test_a_rank_without_work_has_a_loss_and_gradients_of_zero(toy_on_device, dev
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_policy_equals_its_reference_before_the_first_step(toy_on_device, sample, dtype):
-    """They are equal to the bit, on a GPU also in compiled layers in bf16, although fused operations
+    """They are equal to the bit, on a GPU in compiled bf16 layers too, although fused operations
     could round differently. Compiled layers give about the same numbers and gradients."""
     model, tokenizer = deepcopy(toy_on_device[0]).to(dtype), toy_on_device[1]
     random_adapter(model, "sft")
