@@ -37,17 +37,8 @@ from pathlib import Path
 
 import torch
 from contest import DEVICE
-from gpu_pieces import (
-    describe_machine,
-    last_line,
-    measure_attention,
-    measure_dpo,
-    measure_trl,
-    profile_kernels,
-    report,
-    run_scripts,
-    run_tests,
-)
+from gpu_checks import describe_machine, measure_attention, profile_kernels, run_scripts, run_tests
+from gpu_pieces import last_line, measure_dpo, measure_trl, report
 
 from desc import DescError, cli
 from desc.flags import MANY, Config, flag, parse
