@@ -2,7 +2,7 @@
 
 Prompt and completion are tokenised apart, so no token can straddle their boundary (trl#2054)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,11 +28,8 @@ class Item:
     dialogue: str
     sequences: list[TokenSequence]
     turns_cut: int = 0  # exchanges dropped from the start to fit
-    # What it counts for in a loss, and for KTO whether the answer is desirable. Neither is in the
-    # repr, because a run under way is known by that (desc.training.run.begin), and runs from before
-    # there were weights should go on.
-    weight: float = field(default=1.0, repr=False)
-    desirable: bool = field(default=True, repr=False)
+    weight: float = 1.0  # what it counts for in a loss
+    desirable: bool = True  # for KTO: whether the answer is
 
 
 def encode_prompt(tokenizer, messages: Messages) -> list[int]:

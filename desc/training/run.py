@@ -110,9 +110,7 @@ def begin(
     adamw = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(trained.values(), **adamw)
     settings = training_settings(config) | {"base": base_digest(model.name_or_path)}
-    facts = [f"{item.id} weighs {item.weight}" for item in examples if item.weight != 1]
-    facts += [f"{item.id} is not desirable" for item in examples if not item.desirable]
-    settings["input"] = work_key(examples, reference, *facts)
+    settings["input"] = work_key(examples, reference)
     run = Run(batches, trained, optimizer, folder, settings)
     claim_folders(folder)
     resume(run)
