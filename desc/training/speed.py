@@ -18,7 +18,7 @@ def compile_layers(model, device: torch.device) -> None:
     its reference to the bit (seen with PyTorch 2.11). In fp32, and in bf16 before 2.11 (its pull
     request 176848), the layer's product and the adapters' may be added by another kernel if there
     are no gradients; they then differ by rounding. Raises DescError on a CPU, where it gained
-    nothing (docs/results.md)."""
+    nothing (docs/speed.md)."""
     if device.type == "cpu":
         raise DescError("--compile is for GPUs: on a CPU it gains nothing; leave it out")
     for layer in decoder_blocks(model):
