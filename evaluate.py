@@ -236,6 +236,7 @@ def main():
         "test dialogues": len(test),
         "test data": work_key(*keys),
         "domain file": config.domain,
+        "chat template file": config.chat_template,
     }
     facts |= asdict(config) | settings
 

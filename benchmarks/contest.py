@@ -77,9 +77,11 @@ class Config(TaskConfig):
 
 
 def make_tokenizer(config):
-    return AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
         zoo.locate("smollm2" if config.model in SHAPES else config.model)
     )
+    tokenizer.chat_template = config.read_chat_template() or tokenizer.chat_template
+    return tokenizer
 
 
 def shape_of(config):

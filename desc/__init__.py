@@ -8,7 +8,7 @@ The method, in reading order; each file imports only those above it
     domain        a kind of dialogue, as a value: strategies, speakers, instructions, errors
     esconv        dialogues and their splits
     prompts       (task, dialogue, turn) -> messages and completion
-    templates     how a model's own chat template renders a conversation
+    templates     how a chat template renders a conversation
     encoding      messages -> token ids
     tree          token sequences -> a forest of prefix trees, packed under a token budget
     attention     attention over the tree: FlexAttention on a GPU, blockwise on a CPU

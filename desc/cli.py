@@ -19,7 +19,7 @@ from desc.domain import ESCONV, READ_BY
 from desc.flags import Config
 from desc.lora import load_adapter
 from desc.modeling import load, native_dtype
-from desc.storage.adapters import base_name, has_adapter
+from desc.storage.adapters import CHAT_TEMPLATE, base_name, has_adapter
 from desc.storage.base import base_digest
 from desc.storage.files import claim_folder, parse, read_text, write_json
 from desc.training import ranks
@@ -78,7 +78,8 @@ def claim_folders(*folders: Path) -> None:
 
 def load_model(config: Config, device: torch.device, empty: bool = False):
     """(model, tokenizer) as the flags say; desc.modeling.load says what `empty` means."""
-    return load(config.model, config.torch_dtype, device, empty, config.max_length, config.date)
+    read_as = config.max_length, config.date, config.read_chat_template()
+    return load(config.model, config.torch_dtype, device, empty, *read_as)
 
 
 def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
@@ -116,11 +117,12 @@ def use_adapter(
     used, or what happens `otherwise`.
 
     Raises DescError if there is none and `otherwise` is None, or if it was trained on another base,
-    for another domain, or with the strategy in another place."""
+    for another domain, with the strategy in another place, or with another chat template."""
     if has_adapter(folder):
         made_with = read_config(folder)
         refuse_other_base(model, folder, made_with.get("base"))
         refuse_other_prompts(config, folder, made_with)
+        refuse_other_template(config, folder, made_with)
         print(f"uses the adapter {folder}")
         load_adapter(model, folder, name)
         return True
@@ -165,6 +167,20 @@ def refuse_other_prompts(config: Config, folder: Path, made_with: dict) -> None:
         )
 
 
+def refuse_other_template(config: Config, folder: Path, made_with: dict) -> None:
+    """Raises DescError if the adapter in `folder` was trained with another chat template.
+
+    What no entry means is the model's own, which belongs to the base's digest. Of an adapter that
+    others made the template is not known."""
+    if made_with and made_with.get("template_digest") != config.template_digest():
+        advice = "give no --chat-template"
+        if made_with.get("template_digest"):
+            advice = f"give --chat-template {folder / CHAT_TEMPLATE}"
+        raise DescError(
+            f"{folder}: was trained with another chat template; {advice}, or train it again"
+        )
+
+
 def refuse_other_base(model, folder: Path, made_for: str | None) -> None:
     """Raises DescError if the adapter in `folder` was trained on another base than `model`.
 
@@ -181,10 +197,11 @@ def refuse_other_base(model, folder: Path, made_for: str | None) -> None:
 
 
 def save_config(config, folder: Path, base: str = "") -> None:
-    """config.json: the flags, versions, base model and domain (their digests) that made what lies
-    in `folder`."""
+    """config.json: the flags, versions, base model, domain and chat template (their digests) that
+    made what lies in `folder`."""
     versions = {"desc": __version__, "torch": torch.__version__, "base": base}
     versions["domain_digest"] = config.read_domain().digest(config.task)
+    versions["template_digest"] = config.template_digest()
     write_json(folder / "config.json", versions | asdict(config))
 
 

@@ -1,6 +1,7 @@
 """The flags of the scripts: one dataclass for each kind of script, and how a command line becomes
 one."""
 
+import hashlib
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -17,6 +18,7 @@ from desc import DescError
 from desc.calibration import WAYS
 from desc.domain import Domain, read_domain
 from desc.prompts import STRATEGY_PLACES, TASKS
+from desc.templates import read_template
 from desc.tree import SHARING
 
 MANY = 1_000_000  # dialogues, tokens or steps: no run has more, so a larger number is a slip
@@ -34,6 +36,7 @@ def flag(default, text: str, at_least: float | None = None, at_most: float | Non
 
 
 read_domain_once = cache(read_domain)
+read_template_once = cache(read_template)
 
 
 @dataclass
@@ -74,6 +77,11 @@ class Config:
         "what the model's chat template takes for today if it tells the date; auto is the day on"
         " which a run begins",
     )
+    chat_template: str | None = flag(
+        None,
+        "a Jinja file to use instead of the model's own chat template, as vLLM's flag; a base model"
+        " has none",
+    )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -82,6 +90,15 @@ class Config:
     def read_domain(self) -> Domain:
         """The domain in --domain, else ESConv's. A file is read once, so a run has one domain."""
         return read_domain_once(self.domain)
+
+    def read_chat_template(self) -> str | None:
+        """The text of --chat-template; None if the model's own is used. Read once, as a domain."""
+        return None if self.chat_template is None else read_template_once(self.chat_template)
+
+    def template_digest(self) -> str | None:
+        """A digest of the text of --chat-template; None if the model's own is used."""
+        template = self.read_chat_template()
+        return template and hashlib.sha256(template.encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -310,7 +327,8 @@ def training_settings(config: TrainConfig) -> dict:
     settings |= {name: None for name, value in newer.items() if settings.get(name) == value}
     # What the module reads of a domain, by its digest, instead of the file's place. No entry, as in
     # the checkpoints before --domain, is ESConv's.
-    return settings | {"domain": config.domain and config.read_domain().digest(config.task)}
+    settings |= {"domain": config.domain and config.read_domain().digest(config.task)}
+    return settings | {"chat_template": config.template_digest()}
 
 
 def answer_settings(config, modules: Iterable[str], *irrelevant: str) -> dict:
@@ -320,4 +338,5 @@ def answer_settings(config, modules: Iterable[str], *irrelevant: str) -> dict:
     never |= {"endpoint", "concurrency", "timeout", "max_calls", *irrelevant}
     settings = {name: value for name, value in asdict(config).items() if name not in never}
     digests = {module: config.read_domain().digest(module) for module in modules}
-    return settings | {"domain": config.domain and digests}
+    settings |= {"domain": config.domain and digests}
+    return settings | {"chat_template": config.template_digest()}

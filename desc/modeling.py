@@ -50,6 +50,7 @@ def load(
     empty: bool = False,
     max_length: int = 2048,
     date: str | None = None,
+    chat_template: str | None = None,
 ):
     """(model, tokenizer) of "toy", "smollm2", a Hub id or a folder. Only safetensors are read, and
     no code from the model's folder is run.
@@ -58,6 +59,7 @@ def load(
     they are sharded and read later, or because only their shapes are needed; then the caller calls
     check_tree once they are read. `max_length` is the longest sequence that the model will read.
     `date` is what the chat template takes for today (ISO 8601; None: the day of the call).
+    `chat_template` is the source of one to use instead of the model's own; a base model has none.
 
     Raises DescError if the model cannot be had, if its files lack weights, if its chat template
     cannot be matched (desc.templates.form_of), or if a prefix tree is not exact on it
@@ -76,6 +78,8 @@ def load(
                 " that it was made from"
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     pin_date(tokenizer, date or Date.today().isoformat())
     with one_line(f"model {name}"):
         end = end_of_turn(tokenizer)

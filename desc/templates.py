@@ -1,5 +1,5 @@
-"""How a model's own chat template renders a conversation, and what of that is a prompt, an answer,
-and the end of a turn.
+"""How a chat template renders a conversation, and what of that is a prompt, an answer, and the end
+of a turn. It is the model's own, or one in a file.
 
 A model is trained on PROMPT + ANSWER + END OF TURN. This must be the template's own rendering of
 the whole conversation, and PROMPT must be what a server gives the model to continue. `form_of`
@@ -9,11 +9,14 @@ import re
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
+from pathlib import Path
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from desc import DescError
 from desc.prompts import Messages
+from desc.storage.files import read_text
 
 # What a template may write that steers a model even if it is no token: "[INST]", "</think>".
 WRITTEN_MARK = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
@@ -34,6 +37,23 @@ class Form:
     trail: str  # blanks that it writes after its answer
     strips: bool  # blanks around what the answer itself says are dropped
     end: int  # the token that ends an answer
+
+
+def read_template(path: str | Path) -> str:
+    """The chat template in a Jinja file. Whether it can be matched is form_of's business.
+
+    Raises DescError if the file cannot be read, is empty, or is no valid Jinja."""
+    template = read_text(path)
+    if not template.strip():
+        raise DescError(f"{path}: is empty; it should hold a chat template in Jinja")
+    try:
+        render_jinja_template([], chat_template=template)  # no conversation: it is only compiled
+    except TemplateSyntaxError as error:
+        raise DescError(f"{path}: line {error.lineno}: no valid Jinja ({error.message})") from None
+    except Exception as error:  # Jinja compiles to Python, which has limits of its own
+        reason = str(error).partition("\n")[0]
+        raise DescError(f"{path}: no valid Jinja ({reason})") from None
+    return template
 
 
 def pin_date(tokenizer, day: str) -> None:
@@ -63,7 +83,9 @@ def template_of(tokenizer) -> str:
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
-        raise DescError("has no chat template; use an instruct model") from None
+        raise DescError(
+            "has no chat template; use an instruct model, or give one as chat_template"
+        ) from None
     day = getattr(tokenizer, "pinned_date", None)
     return without_clock(template, day) if day else template
 
@@ -102,8 +124,8 @@ def render_as_is(tokenizer, messages: Messages, generate: bool) -> str:
         reason = f"{type(error).__name__}: {error}"
     reason = reason.strip().partition("\n")[0]
     raise DescError(
-        f"the model's chat template cannot render these messages ({reason}); use another model, or"
-        " other messages"
+        f"the chat template cannot render these messages ({reason}); use another model or"
+        " template, or other messages"
     )
 
 
@@ -117,8 +139,8 @@ def render(tokenizer, messages: Messages) -> str:
     for message in messages:
         if message["content"].strip() not in text:
             raise DescError(
-                f"the model's chat template leaves out, or changes, what the {message['role']}"
-                f" says ({message['content'].strip()[:60]!r}); use another model"
+                f"the chat template leaves out, or changes, what the {message['role']}"
+                f" says ({message['content'].strip()[:60]!r}); use another model or template"
             )
     return text
 
@@ -147,8 +169,8 @@ def _form_of(tokenizer, template: str) -> Form:
     forms = [try_out(tokenizer, messages, folds) for messages in conversations]
     if forms[0] != forms[1]:
         raise DescError(
-            "the model's chat template renders a first answer in another way than a later one; use"
-            " another model"
+            "the chat template renders a first answer in another way than a later one; use"
+            " another model or template"
         )
     return forms[0]
 
@@ -171,13 +193,14 @@ def try_out(tokenizer, messages: Messages, folds_system: bool) -> Form:
     left_out = [m["role"] for m in messages if m["content"] not in prompt]
     if left_out:
         raise DescError(
-            f"the model's chat template leaves out what the {left_out[0]} says; use another model"
+            f"the chat template leaves out what the {left_out[0]} says; use another model or"
+            " template"
         )
     whole = answer(tokenizer, shown, REPLY)
     before, found, after = whole.rpartition(REPLY)
     if not found:
         raise DescError(
-            "the model's chat template leaves out what the assistant says; use another model"
+            "the chat template leaves out what the assistant says; use another model or template"
         )
     spaced = f"\n {REPLY} \n"
     strips = answer(tokenizer, shown, spaced) != before + spaced + after
@@ -185,15 +208,15 @@ def try_out(tokenizer, messages: Messages, folds_system: bool) -> Form:
     opening, rendered = (text.rpartition(messages[-1]["content"])[2] for text in (prompt, before))
     if not before.startswith(prompt):
         raise DescError(
-            "the model's chat template asks for an answer in another way than it renders one"
+            "the chat template asks for an answer in another way than it renders one"
             f" ({opening[-40:]!r} against {rendered[-40:]!r}), as models do that must think first;"
-            " use an instruct model"
+            " use an instruct model, or another template"
         )
     if lead.strip():
         if prompt != render_as_is(tokenizer, shown, generate=False):
             raise DescError(
-                f"the model's chat template puts {lead.strip()!r} before an answer, which the model"
-                " would have to write; use another model"
+                f"the chat template puts {lead.strip()!r} before an answer, which the model"
+                " would have to write; use another model or template"
             )
         header, lead = lead, ""
     end, trail = split_ending(tokenizer, after)
@@ -216,20 +239,20 @@ def split_ending(tokenizer, after: str) -> tuple[int, str]:
     ends = [token for token in ids if token in control]
     if not ends:
         raise DescError(
-            "the model's chat template ends an assistant's message with no special token; use an"
-            " instruct model whose template does"
+            "the chat template ends an assistant's message with no special token; use a"
+            " model or a template that does"
         )
     trail = after.partition(control[ends[0]])[0]
     if trail.strip():
         raise DescError(
-            f"the model's chat template puts {trail.strip()!r} after an answer, which the model"
-            " would have to write; use another model"
+            f"the chat template puts {trail.strip()!r} after an answer, which the model"
+            " would have to write; use another model or template"
         )
     return ends[0], trail
 
 
 def end_of_turn(tokenizer) -> int:
-    """The token with which this model's chat template ends an assistant's message.
+    """The token with which the chat template ends an assistant's message.
 
     Raises DescError as form_of does."""
     return form_of(tokenizer).end

@@ -121,6 +121,7 @@ def test_flags_that_change_no_step_may_differ_from_the_checkpoints(tmp_path):
         "keep": "last",
         "split_file": "split.json",
         "domain": str(ROOT / "examples" / "mathdial.domain.json"),
+        "chat_template": str(ROOT / "examples" / "chat_template.jinja"),
     }
     for name, value in others.items():
         config = replace(begun, **{name: value})

@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from scripts import run
+from scripts import ROOT, run
 from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import AddedToken
 from transformers.utils import chat_template_utils
@@ -26,10 +26,15 @@ from desc.modeling import load
 from desc.prompts import TASKS, build_examples, build_messages
 from desc.storage import zoo
 from desc.storage.journal import Journal, journal_settings
-from desc.templates import defuse, end_of_turn, form_of, pin_date, render
+from desc.templates import defuse, end_of_turn, form_of, pin_date, read_template, render
+from evaluate import EvalConfig
+from mine_preferences import MineConfig
+from train_dpo import DPOConfig
+from train_sft import SFTConfig
 
 encode = partial(encoding.encode, speakers=ESCONV.speakers)
 encode_example = partial(encoding.encode_example, speakers=ESCONV.speakers)
+SHIPPED = ROOT / "examples" / "chat_template.jinja"
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 MESSAGE = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 CHATML = "{% for m in messages %}" + MESSAGE + "{% endfor %}" + ASK
@@ -193,8 +198,8 @@ RENDERED = {
     ),
     "Zephyr": (ZEPHYR, "</s>", False),
 }
-LEAVES_OUT = "leaves out what the {} says; use another model"
-# {name: (template, what the error says after "the model's chat template ")}
+LEAVES_OUT = "leaves out what the {} says; use another model or template"
+# {name: (template, what the error says after "the chat template ")}
 REFUSED = {
     "DeepSeek R1": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
@@ -203,24 +208,27 @@ REFUSED = {
         "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}",
         "asks for an answer in another way than it renders one ('<｜Assistant｜><think>\\n' against"
-        " '<｜Assistant｜>'), as models do that must think first; use an instruct model",
+        " '<｜Assistant｜>'), as models do that must think first; use an instruct model, or another"
+        " template",
     ),
     "a wrapped answer": (
         CHATML.replace(
             "m.content", "(m.content if m.role != 'assistant' else '<a>' + m.content + '</a>')"
         ),
-        "puts '<a>' before an answer, which the model would have to write; use another model",
+        "puts '<a>' before an answer, which the model would have to write; use another model or"
+        " template",
     ),
     "something after an answer": (
         CHATML.replace("m.content", "m.content + (' Bye.' if m.role == 'assistant' else '')"),
-        "puts 'Bye.' after an answer, which the model would have to write; use another model",
+        "puts 'Bye.' after an answer, which the model would have to write; use another model or"
+        " template",
     ),
     "a channel before an answer": (
         "{% for m in messages %}{{ '<|start|>' + m.role + ('<|channel|>final' if m.role =="
         " 'assistant' else '') + '<|message|>' + m.content + '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
         "puts '<|channel|>final<|message|>' before an answer, which the model would have to write;"
-        " use another model",
+        " use another model or template",
     ),
     "the latest exchange alone": (
         CHATML.replace("in messages", "in messages[:1] + messages[1:][-2:]"),
@@ -243,26 +251,27 @@ REFUSED = {
     "nothing": ("", LEAVES_OUT.format("system")),
     "another first answer": (
         CHATML.replace("m.content", "('' if messages | length > 3 else ' ') + m.content"),
-        "renders a first answer in another way than a later one; use another model",
+        "renders a first answer in another way than a later one; use another model or template",
     ),
     "GLM-4, whose next turn ends an answer": (
         "[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
-        "ends an assistant's message with no special token; use an instruct model whose template"
-        " does",
+        "ends an assistant's message with no special token; use a model or a template that does",
     ),
     "broken": (
         "{% for m in messages %}{{ m.content }",
-        "cannot render these messages (unexpected '}'); use another model, or other messages",
+        "cannot render these messages (unexpected '}'); use another model or template, or other"
+        " messages",
     ),
     "fails": (
         "{{ messages[7].content.strip() + 1 }}",
-        "cannot render these messages (list object has no element 7); use another model, or other"
-        " messages",
+        "cannot render these messages (list object has no element 7); use another model or"
+        " template, or other messages",
     ),
     "refuses": (
         "{{ raise_exception('Not today.\nTraceback: …') }}",
-        "cannot render these messages (Not today.); use another model, or other messages",
+        "cannot render these messages (Not today.); use another model or template, or other"
+        " messages",
     ),
 }
 MARKS = (
@@ -355,7 +364,7 @@ def test_a_template_that_cannot_be_matched_is_refused_in_one_line(name, tokenize
     tokenizer = tokenizer_with(template)
     with pytest.raises(DescError) as caught:
         end_of_turn(tokenizer)
-    assert str(caught.value) == f"the model's chat template {reason}"
+    assert str(caught.value) == f"the chat template {reason}"
 
 
 def test_of_several_templates_the_default_is_used(tokenizer_with):
@@ -365,8 +374,10 @@ def test_of_several_templates_the_default_is_used(tokenizer_with):
         render(tokenizer, messages) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     )
     for without in ({"rag": CHATML, "tool_use": CHATML}, None):
-        with pytest.raises(DescError, match="^has no chat template; use an instruct model$"):
+        with pytest.raises(DescError) as caught:
             end_of_turn(tokenizer_with(without))
+        advice = "use an instruct model, or give one as chat_template"
+        assert str(caught.value) == f"has no chat template; {advice}"
 
 
 def test_a_model_with_a_template_that_cannot_be_matched_is_not_loaded(tmp_path):
@@ -374,7 +385,7 @@ def test_a_model_with_a_template_that_cannot_be_matched_is_not_loaded(tmp_path):
     (tmp_path / "m" / "chat_template.jinja").write_text(REFUSED["refuses"][0], encoding="utf-8")
     with pytest.raises(DescError) as caught:
         load(str(tmp_path / "m"), torch.float32)
-    reason = f"the model's chat template {REFUSED['refuses'][1]}"
+    reason = f"the chat template {REFUSED['refuses'][1]}"
     assert str(caught.value) == f"model {tmp_path / 'm'}: {reason}"
 
 
@@ -385,15 +396,15 @@ def test_messages_that_a_template_refuses_are_named(tokenizer_with):
     with pytest.raises(DescError) as caught:
         encode(tokenizer, "pair 7", "7", twice, ["Hi"], 1000)
     assert str(caught.value) == (
-        "pair 7: the model's chat template cannot render these messages (Roles must alternate"
-        " user/assistant); use another model, or other messages"
+        "pair 7: the chat template cannot render these messages (Roles must alternate"
+        " user/assistant); use another model or template, or other messages"
     )
     tokenizer = tokenizer_with(CHATML.replace("m.content", "m.content | replace('x', '')"))
     with pytest.raises(DescError) as caught:
         encode(tokenizer, "pair 8", "8", [{"role": "user", "content": "my ex"}], ["Hi"], 1000)
     assert str(caught.value) == (
-        "pair 8: the model's chat template leaves out, or changes, what the user says ('my ex');"
-        " use another model"
+        "pair 8: the chat template leaves out, or changes, what the user says ('my ex');"
+        " use another model or template"
     )
 
 
@@ -472,6 +483,144 @@ def test_a_template_is_rendered_once_for_each_prompt(tokenizer_with, sample, mon
         decode(tokenizer, sequence.completion)
     assert calls == {"apply_chat_template": len(examples), "__len__": 0, "get_vocab": 0}
     assert not listed
+
+
+# The toy's tokenizer has no bos token, and its eos token is <|end|>.
+AS_SHIPPED = """\
+<|system|>
+Be kind.<|end|>
+<|user|>
+Hi<|end|>
+<|assistant|>
+Hello.<|end|>
+<|user|>
+My < |system|> is sad<|end|>
+<|assistant|>
+"""
+
+
+def test_the_shipped_template_gives_a_base_model_prompts(toy, tmp_path):
+    """Every mark is text of the template; one that is typed is broken. The end is the eos token."""
+    base = tmp_path / "base"
+    shutil.copytree(zoo.locate("toy"), base)
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(DescError) as caught:
+        load(str(base), torch.float32)
+    advice = "use an instruct model, or give one as chat_template"
+    assert str(caught.value) == f"model {base}: has no chat template; {advice}"
+    given = read_template(SHIPPED)
+    _, tokenizer = load(str(base), torch.float32, chat_template=given)
+    typed = ("Be kind.", "Hi", "Hello.", "My <|system|> is sad")
+    roles = ("system", "user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, typed)]
+    (sequence,) = encode(tokenizer, "", "", messages, ["Why?"], 1000).sequences
+
+    assert sequence.prompt == toy[1](AS_SHIPPED, add_special_tokens=False).input_ids
+    assert tokenizer.decode(sequence.completion) == "Why?<|end|>"
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    assert tokenizer.decode(encode_prompt(tokenizer, messages)) == "<s>" + AS_SHIPPED
+
+
+def test_a_given_template_replaces_the_models_own(toy):
+    _, tokenizer = load("toy", torch.float32, chat_template="<|system|>" + zoo.TEMPLATE)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert prompt == toy[1]("<|system|><|user|>Hi<|end|><|assistant|>").input_ids
+
+
+@pytest.mark.parametrize(
+    "written, says",
+    [
+        (None, ": cannot be read (No such file or directory)"),
+        (b"", ": is empty; it should hold a chat template in Jinja"),
+        (b"\xef\xbb\xbf \n", ": is empty; it should hold a chat template in Jinja"),
+        (b"\xff", ": is not UTF-8 (byte 0); save it as UTF-8"),
+        (b"\n{{ messages[0].content }", ": line 2: no valid Jinja (unexpected '}')"),
+        (b"{{ 1 | shout }}", ": line 1: no valid Jinja (No filter named 'shout'.)"),
+    ],
+)
+def test_a_file_that_is_no_template_is_refused_in_one_line(written, says, tmp_path):
+    path = tmp_path / "t.jinja"
+    if written is not None:
+        path.write_bytes(written)
+    with pytest.raises(DescError) as caught:
+        read_template(path)
+    assert str(caught.value) == f"{path}{says}"
+
+
+def test_a_template_that_python_cannot_compile_is_refused_in_one_line(tmp_path):
+    """Python allows about 100 levels of indentation."""
+    (tmp_path / "t.jinja").write_text("{% if 1 %}" * 120 + "{% endif %}" * 120)
+    with pytest.raises(DescError, match=r"t\.jinja: no valid Jinja \(too many .*\)$"):
+        read_template(tmp_path / "t.jinja")
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, DPOConfig, MineConfig, EvalConfig, flags.SampleConfig])
+def test_every_script_loads_its_tokenizer_with_the_flags_template(kind, monkeypatch):
+    task = ["--task", "sp"] if issubclass(kind, flags.TaskConfig) else []
+    monkeypatch.setattr("sys.argv", ["script.py", *task, "--chat-template", str(SHIPPED)])
+    config = flags.parse(kind)
+    config.model, config.dtype, config.date = "toy", "float32", "2026-01-05"
+    _, tokenizer = cli.load_model(config, torch.device("cpu"))
+    assert tokenizer.chat_template == SHIPPED.read_text()
+    assert tokenizer.decode(encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])) == (
+        "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    )
+
+
+def test_a_given_template_is_tried_out_as_a_models_own():
+    template, reason = REFUSED["no answers"]
+    with pytest.raises(DescError) as caught:
+        load("toy", torch.float32, chat_template=template)
+    assert str(caught.value) == f"model toy: the chat template {reason}"
+
+
+def test_an_adapter_remembers_its_chat_template(toy, tmp_path):
+    """Training puts its text beside the adapter. Where the file lay is of no matter. Without the
+    flag or with another text the adapter is refused."""
+    mine, other = tmp_path / "mine.jinja", tmp_path / "other.jinja"
+    shutil.copy(SHIPPED, mine)
+    other.write_text(SHIPPED.read_text() + "{#- another -#}")
+    common = ("--task", "sp", "--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
+    train = ("train_sft.py", *common, "--train-dialogues", 1, "--epochs", 1)
+    run(*train, "--chat-template", mine)
+    sft = tmp_path / "sp" / "sft"
+    kept = sft / "chat_template.jinja"
+    assert kept.read_text() == (sft / "last" / kept.name).read_text() == mine.read_text()
+
+    def use(chat_template):
+        config = flags.Config(model="toy", chat_template=chat_template and str(chat_template))
+        return cli.use_adapter(config, deepcopy(toy[0]), sft, "sp")
+
+    assert use(mine) and use(kept)
+    refused = f"{sft}: was trained with another chat template; "
+    for given in (None, other):
+        with pytest.raises(DescError) as caught:
+            use(given)
+        assert str(caught.value) == f"{refused}give --chat-template {kept}, or train it again"
+    dpo = ("train_dpo.py", *common, "--dtype", "float32")
+    assert f"uses the adapter {sft}" in run(*dpo, "--chat-template", kept)
+    assert (tmp_path / "sp" / "dpo" / kept.name).read_text() == kept.read_text()
+
+    run(*train)  # now with the toy's own
+    assert not list(sft.rglob(kept.name))
+    assert use(None)
+    with pytest.raises(DescError) as caught:
+        use(mine)
+    assert str(caught.value) == f"{refused}give no --chat-template, or train it again"
+    (sft / "config.json").unlink()  # as if others had made it
+    assert use(mine)
+
+
+def test_answers_with_another_chat_template_are_not_reused(tmp_path):
+    """Its text counts, not its place. Without the flag all is as before there was one."""
+    mine = tmp_path / "mine.jinja"
+    shutil.copy(SHIPPED, mine)
+    given = (None, str(SHIPPED), str(mine))
+    plain, shipped, copied = (
+        flags.answer_settings(flags.TaskConfig(task="sp", chat_template=path), ["sp"])
+        for path in given
+    )
+    assert plain["chat_template"] is None and shipped == copied != plain
 
 
 class Tomorrow(datetime):

@@ -14,6 +14,7 @@ from desc import DescError
 from desc.storage.files import parse, read_text, write_bytes, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # beside them, if it is another than the base's own
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
 # PEFT's settings at which an adapter is plain LoRA. An adapter with any other is refused, because
 # it computes something else.

@@ -6,7 +6,8 @@ from desc import DescError
 from desc.cli import save_config
 from desc.flags import TrainConfig
 from desc.lora import export_adapters
-from desc.storage.adapters import write_adapter
+from desc.storage.adapters import CHAT_TEMPLATE, write_adapter
+from desc.storage.files import encode_text, write_bytes
 from desc.training.ranks import rank
 from desc.training.sharding import whole
 
@@ -22,8 +23,19 @@ def save_artefact(model, config: TrainConfig, folder: Path, base: str) -> int:
         raise DescError("the adapter has values that are not finite; lower --lr")
     if rank() == 0:
         write_adapter(folder, settings, halves)
+        save_template(config, folder)
         save_config(config, folder, base)
     return settings["r"]
+
+
+def save_template(config: TrainConfig, folder: Path) -> None:
+    """Put the template of --chat-template beside the adapter in `folder`, for servers and later
+    steps. Without the flag, remove one that an earlier run has left there."""
+    template = config.read_chat_template()
+    if template is None:
+        (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+    else:
+        write_bytes(folder / CHAT_TEMPLATE, encode_text(template))
 
 
 def serving_advice(adapter_rank: int) -> str:

@@ -22,7 +22,7 @@ from desc.storage.base import base_digest
 from desc.storage.checkpoint import read_checkpoint, write_checkpoint
 from desc.storage.files import append_line, drop_torn_line, write_bytes, write_lines
 from desc.storage.journal import read_metrics, work_key
-from desc.training.artefacts import save_artefact, serving_advice
+from desc.training.artefacts import save_artefact, save_template, serving_advice
 from desc.training.batches import all_batches
 from desc.training.ranks import gather_objects, on_any_rank, rank, sum_over_ranks, wait_for_all
 from desc.training.sharding import average_gradients, copy_whole, read_weights, shard, whole
@@ -292,6 +292,7 @@ def finish(run: Run, model, config: TrainConfig) -> None:
             place = run.folder if name == config.keep else run.folder / name
             for file in (run.work / name).iterdir():
                 write_bytes(place / file.name, file.read_bytes())
+            save_template(config, place)
         write_bytes(run.folder / "metrics.jsonl", (run.work / "metrics.jsonl").read_bytes())
         shutil.rmtree(run.work, ignore_errors=True)
     print(
