@@ -1,7 +1,6 @@
 """The flags of the scripts: one dataclass for each kind of script, and how a command line becomes
 one."""
 
-import hashlib
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -18,6 +17,7 @@ from desc import DescError
 from desc.calibration import WAYS
 from desc.domain import Domain, read_domain
 from desc.prompts import STRATEGY_PLACES, TASKS
+from desc.storage.journal import work_key
 from desc.templates import read_template
 from desc.tree import SHARING
 
@@ -98,7 +98,7 @@ class Config:
     def template_digest(self) -> str | None:
         """A digest of the text of --chat-template; None if the model's own is used."""
         template = self.read_chat_template()
-        return template and hashlib.sha256(template.encode()).hexdigest()[:16]
+        return template and work_key(template)
 
 
 @dataclass

@@ -3,6 +3,8 @@
 # several beta and T. Run runs/reproduce.sh before: all start from the SFT planner of a seed of it.
 # One to two hours. Killed and run again, it goes on where it was.
 #   runs/ablations.sh ESConv.json split.json [seed: 0]
+# OTHER_MODEL=FOLDER [OTHER_TEMPLATE=FILE] adds DPO of another model, on pairs that it mined itself
+# and on SmolLM2's.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 ESConv.json split.json [seed]" >&2; exit 2; }
 seed=${3:-0}
@@ -46,7 +48,25 @@ for T in 1 0.7; do
   done
 done
 
-step $out/eval/results.json evaluate.py $data --eval-dialogues 60 --out $out \
-    --reply-dialogues -1 --seeds 3 --calibrate frequencies --report $out/report.html \
+scored="--eval-dialogues 60 --reply-dialogues -1 --seeds 3 --calibrate frequencies"
+step $out/eval/results.json evaluate.py $data $scored --out $out --report $out/report.html \
     --systems $systems
-"$python" benchmarks/experiments.py --record $out/eval --file out/ablations/experiments.jsonl
+records=$out/eval
+
+if [ "${OTHER_MODEL:-}" ]; then
+  model="--model $OTHER_MODEL ${OTHER_TEMPLATE:+--chat-template $OTHER_TEMPLATE}"
+  other=$out/other
+  step $other/sp/sft/config.json train_sft.py $sp $model --out $other --train-dialogues 60 \
+      --lr 5e-4 --epochs 1 --dropout 0
+  step $other/sp/config.json mine_preferences.py $sp $model --out $other --train-dialogues 60
+  systems="sft=sp:$other/sp/sft"
+  for pairs in other drawn; do
+    step $other/$pairs/sp/dpo/config.json train_dpo.py $sp $model --out $other/$pairs \
+        --sft $other/sp/sft --pairs $out/$pairs/sp --dropout 0 \
+        --lr 2e-4 --epochs 1 --eval-every 6 --keep last
+    systems="$systems $pairs=sp:$other/$pairs/sp/dpo"
+  done
+  step $other/eval/results.json evaluate.py $data $model $scored --out $other --systems $systems
+  records="$records $other/eval"
+fi
+"$python" benchmarks/experiments.py --record $records --file out/ablations/experiments.jsonl
