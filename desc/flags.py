@@ -17,8 +17,7 @@ from desc import DescError
 from desc.calibration import WAYS
 from desc.domain import Domain, read_domain
 from desc.prompts import STRATEGY_PLACES, TASKS
-from desc.storage.journal import work_key
-from desc.templates import read_template
+from desc.templates import digest_template, read_template
 from desc.tree import SHARING
 
 MANY = 1_000_000  # dialogues, tokens or steps: no run has more, so a larger number is a slip
@@ -98,7 +97,7 @@ class Config:
     def template_digest(self) -> str | None:
         """A digest of the text of --chat-template; None if the model's own is used."""
         template = self.read_chat_template()
-        return template and work_key(template)
+        return template and digest_template(template)
 
 
 @dataclass

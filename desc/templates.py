@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from desc import DescError
 from desc.prompts import Messages
 from desc.storage.files import read_text
+from desc.storage.journal import work_key
 
 # What a template may write that steers a model even if it is no token: "[INST]", "</think>".
 WRITTEN_MARK = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
@@ -54,6 +55,11 @@ def read_template(path: str | Path) -> str:
         reason = str(error).partition("\n")[0]
         raise DescError(f"{path}: no valid Jinja ({reason})") from None
     return template
+
+
+def digest_template(template: str) -> str:
+    """Tells a template from others, in 16 hexadecimal digits."""
+    return work_key(template)
 
 
 def pin_date(tokenizer, day: str) -> None:
