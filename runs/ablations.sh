@@ -60,11 +60,11 @@ if [ "${OTHER_MODEL:-}" ]; then
       --lr 5e-4 --epochs 1 --dropout 0
   step $other/sp/config.json mine_preferences.py $sp $model --out $other --train-dialogues 60
   systems="sft=sp:$other/sp/sft"
-  for pairs in other drawn; do
-    step $other/$pairs/sp/dpo/config.json train_dpo.py $sp $model --out $other/$pairs \
+  for pairs in other drawn; do # its own, and SmolLM2's
+    step $other/on-$pairs/sp/dpo/config.json train_dpo.py $sp $model --out $other/on-$pairs \
         --sft $other/sp/sft --pairs $out/$pairs/sp --dropout 0 \
         --lr 2e-4 --epochs 1 --eval-every 6 --keep last
-    systems="$systems $pairs=sp:$other/$pairs/sp/dpo"
+    systems="$systems on-$pairs=sp:$other/on-$pairs/sp/dpo"
   done
   step $other/eval/results.json evaluate.py $data $model $scored --out $other --systems $systems
   records="$records $other/eval"
