@@ -118,7 +118,15 @@ def recipe(made) -> object:
     if not isinstance(made, dict):
         return made
     passing = {"seed", "date", "seconds", "nodes", "steps", "pairs", "desc", "torch", "save_every"}
-    return {name: recipe(value) for name, value in made.items() if name not in passing}
+    if made.get("task") != "rg":
+        passing.add("strategy_at")  # which is for rg alone
+    # Lines from before there were these flags have no entry.
+    newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0, "exact": False}
+    kept = {name: value for name, value in made.items() if name not in passing}
+    for name, default in newer.items():
+        if kept.get(name) == default:
+            del kept[name]
+    return {name: recipe(value) for name, value in kept.items()}
 
 
 def group_lines(lines: list[dict]) -> dict[str, dict[str, list[dict]]]:

@@ -8,7 +8,7 @@ import pytest
 from scripts import ROOT, run
 
 sys.path.append(str(ROOT / "benchmarks"))
-from experiments import cell, group_lines, identity, mean_and_half_width, table  # noqa: E402
+from experiments import cell, group_lines, identity, mean_and_half_width, recipe, table  # noqa: E402
 
 
 def make_line(
@@ -51,6 +51,15 @@ def test_another_recipe_is_another_system_and_another_evaluation_another_table()
     assert list(tables) == ["test dialogues 130", "test dialogues 40"]
     sizes = [{name: len(group) for name, group in groups.items()} for groups in tables.values()]
     assert sizes == [{"sft": 2, "sft (2)": 1}, {"sft": 1}]
+
+
+def test_flags_that_change_nothing_make_no_other_recipe():
+    """A planner is told no strategy, and older lines have no objective."""
+    sp, rg = {"task": "sp", "beta": 0.5}, {"task": "rg", "strategy_at": "turn"}
+    later = {"strategy_at": "turn", "objective": "dpo", "margin": 1.0, "seed": 3}
+    assert recipe({"sft": sp | later}) == recipe({"sft": sp})
+    assert recipe(sp | {"objective": "ipo"}) != recipe(sp)
+    assert recipe(rg) != recipe(rg | {"strategy_at": "system"})
 
 
 def test_lines_are_the_same_experiment_if_seed_adapters_and_evaluation_are():
