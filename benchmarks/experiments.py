@@ -36,7 +36,7 @@ PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + [
     "ece",
 ]
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 %, by seeds
-COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777")
+COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777", "#e08fb0")
 
 
 @dataclass
