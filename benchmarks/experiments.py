@@ -204,7 +204,7 @@ def print_tables(evaluation: str, groups: dict[str, list[dict]]) -> None:
 
 def draw(groups: dict[str, list[dict]], path: str) -> None:
     """Q over B of each system at all temperatures, the mean over its seeds: as it is (solid), and
-    with offsets by frequencies (dashed). Of the first way to evaluate."""
+    with offsets by frequencies (dashed). Of the first way to evaluate, the first seven systems."""
     matplotlib = load_matplotlib()
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
     plot = figure.add_subplot()

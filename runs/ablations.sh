@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ablations of docs/results.md: other objectives, dropout, and the law of self-mined pairs for
 # several beta and T. Run runs/reproduce.sh before: all start from the SFT planner of a seed of it.
-# One to two hours. Killed and run again, it goes on where it was.
+# Some hours on two cores. Killed and run again, it goes on where it was.
 #   runs/ablations.sh ESConv.json split.json [seed: 0]
 # OTHER_MODEL=FOLDER [OTHER_TEMPLATE=FILE] adds DPO of another model, on pairs that it mined itself
 # and on SmolLM2's.

@@ -23,7 +23,6 @@ def save_artefact(model, config: TrainConfig, folder: Path, base: str) -> int:
         raise DescError("the adapter has values that are not finite; lower --lr")
     if rank() == 0:
         write_adapter(folder, settings, halves)
-        save_template(config, folder)
         save_config(config, folder, base)
     return settings["r"]
 
