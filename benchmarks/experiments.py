@@ -20,7 +20,6 @@ from contest import machine
 
 from desc import DescError, cli
 from desc.evaluation.figures import load_matplotlib
-from desc.evaluation.scores import FREQUENCIES
 from desc.evaluation.tables import JUDGE_COLUMNS, TEXT_COLUMNS, decimals
 from desc.flags import flag, parse
 from desc.storage.files import parse as parse_json
@@ -181,25 +180,45 @@ def cell(lines: list[dict], column: str, difference: bool = False) -> str:
 
 
 def table(groups: dict[str, list[dict]], columns, difference: bool = False) -> str:
-    """One line per system; "" if no system has any of the columns."""
-    body = []
+    """One line per system, without the columns that no system has; "" if there are none then."""
+    rows = {
+        name: {column: cell(lines, column, difference) for column in columns}
+        for name, lines in groups.items()
+    }
+    shown = [column for column in columns if any(row[column] for row in rows.values())]
+    body = [
+        [name, str(len(groups[name])), *(row[column] for column in shown)]
+        for name, row in rows.items()
+        if any(row.values())
+    ]
+    return cli.markdown([["system", "seeds", *shown], *body]) if body else ""
+
+
+def error_table(groups: dict[str, list[dict]]) -> str:
+    """The annotator's errors in percent of what it annotated, the mean over each system's lines; ""
+    if none was annotated."""
+    shares = {}
     for name, lines in groups.items():
-        cells = [cell(lines, column, difference) for column in columns]
-        if any(cells):
-            body.append([name, str(len(lines)), *cells])
-    return cli.markdown([["system", "seeds", *columns], *body]) if body else ""
+        counts = [line["scores"]["errors"] for line in lines if "errors" in line["scores"]]
+        if counts:
+            shares[name] = [{e: 100 * n / sum(c.values()) for e, n in c.items()} for c in counts]
+    errors = sorted({error for each in shares.values() for share in each for error in share})
+    body = [
+        [name, *(f"{statistics.mean(s.get(error, 0) for s in each):.1f}" for error in errors)]
+        for name, each in shares.items()
+    ]
+    return cli.markdown([["system", *errors], *body]) if body else ""
 
 
 def print_tables(evaluation: str, groups: dict[str, list[dict]]) -> None:
     """The tables of one way to evaluate."""
     print(f"## {evaluation}\n")
-    written = {name: group for name, group in groups.items() if name != FREQUENCIES}
-    print(table(groups, PLANNER_COLUMNS))
-    for columns in (TEXT_COLUMNS, JUDGE_COLUMNS):
-        if shown := table(written, columns):
-            print(f"\n{shown}")
-    differences = table(groups, PLANNER_COLUMNS, difference=True)
-    print(f"\nDifferences to the first system\n\n{differences}\n")
+    kinds = (PLANNER_COLUMNS, TEXT_COLUMNS, JUDGE_COLUMNS)
+    scores = [table(groups, columns) for columns in kinds]
+    differences = [table(groups, columns, difference=True) for columns in kinds]
+    heading = "Differences to the first system"
+    shown = [*scores, error_table(groups), heading, *differences]
+    print("\n\n".join(part for part in shown if part) + "\n")
 
 
 def draw(groups: dict[str, list[dict]], path: str) -> None:

@@ -1,33 +1,44 @@
 #!/usr/bin/env bash
-# The ablations of docs/results.md: other objectives, dropout, and the law of self-mined pairs for
-# several beta and T. Run runs/reproduce.sh before: all start from the SFT planner of a seed of it.
-# Some hours on two cores. Killed and run again, it goes on where it was.
+# The ablations of docs/results.md. Run runs/reproduce.sh before, for all start from the SFT adapters
+# of a seed of it. Some hours on two cores. Killed and run again, it goes on where it was.
 #   runs/ablations.sh ESConv.json split.json [seed: 0]
+# LABELS=FILE, given to both, adds the generator: its own errors' pairs, or all errors' pairs.
 # OTHER_MODEL=FOLDER [OTHER_TEMPLATE=FILE] adds DPO of another model, on pairs that it mined itself
 # and on SmolLM2's.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 ESConv.json split.json [seed]" >&2; exit 2; }
 seed=${3:-0}
-data="--data $(realpath "$1") --split-file $(realpath "$2") --seed $seed"
+esconv=$(realpath "$1")
+split="--split-file $(realpath "$2") --seed $seed"
+data="--data $esconv $split"
 cd "$(dirname "$0")/.."
-sft=out/esconv/$seed/sp/sft
-[ -e $sft ] || { echo "$0: $sft is missing; run runs/reproduce.sh first" >&2; exit 2; }
+made=out/esconv/$seed
+[ -e $made/sp/sft ] || { echo "$0: $made/sp/sft is missing; run runs/reproduce.sh" >&2; exit 2; }
 python=${VENV:-.venv}/bin/python
 # the last file that a step leaves, and the step
 step() { [ -e "$1" ] || "$python" "${@:2}"; }
-sp="--task sp $data --eval-dialogues 20"
+# copy FROM TO: a folder, whole or not at all
+copy() {
+  [ -e "$2" ] || { mkdir -p "$2.part" && cp -r "$1/." "$2.part" && mv "$2.part" "$2"; }
+}
 out=out/ablations/$seed
-systems="sft=sp:$sft"
+few="--train-dialogues 60"
+# A third of reproduce.sh's steps, so at four times its rate.
+dpo="--lr 2e-4 --epochs 1 --eval-every 6 --keep last"
+scored="--eval-dialogues 60 --reply-dialogues -1 --seeds 3 --calibrate frequencies"
 
+# The planner.
+sp="--task sp $data --eval-dialogues 20"
+systems="sft=sp:$made/sp/sft"
 # mine NAME FLAGS: pairs of 60 dialogues, into $out/NAME
 mine() {
-  if [ ! -e $out/$1/sp/sft ]; then mkdir -p $out/$1/sp; cp -r $sft $out/$1/sp; fi
-  step $out/$1/sp/config.json mine_preferences.py $sp --out $out/$1 --train-dialogues 60 "${@:2}"
+  copy $made/sp/sft $out/$1/sp/sft
+  step $out/$1/sp/config.json mine_preferences.py $sp --out $out/$1 $few "${@:2}"
 }
-# train PAIRS NAME FLAGS: DPO on them, at four times the rate, for it has a third of the steps
+# train PAIRS NAME FLAGS: DPO on them
 train() {
-  step $out/$1/$2/sp/dpo/config.json train_dpo.py $sp --out $out/$1/$2 --sft $out/$1/sp/sft \
-      --pairs $out/$1/sp --lr 2e-4 --epochs 1 --eval-every 6 --keep last "${@:3}"
+  step $out/$1/$2/sp/dpo/config.json train_dpo.py $sp --out $out/$1/$2 --sft $made/sp/sft \
+      --pairs $out/$1/sp $dpo "${@:3}"
   systems="$systems $2=sp:$out/$1/$2/sp/dpo"
 }
 
@@ -47,23 +58,56 @@ for T in 1 0.7; do
     train exact-$T T$T-beta$beta --dropout 0 --beta $beta
   done
 done
-
-scored="--eval-dialogues 60 --reply-dialogues -1 --seeds 3 --calibrate frequencies"
 step $out/eval/results.json evaluate.py $data $scored --out $out --report $out/report.html \
     --systems $systems
 records=$out/eval
 
+# A planner that reads the strategies of earlier turns, as vanilla does.
+tagged=$out/tagged
+mkdir -p $tagged
+step $tagged/ESConv.json examples/tag_turns.py "$esconv" $tagged/ESConv.json
+on_tagged="--data $tagged/ESConv.json $split --out $tagged"
+step $tagged/sp/sft/config.json train_sft.py --task sp $on_tagged --eval-dialogues 20 \
+    --train-dialogues 200 --lr 5e-4 --epochs 1 --dropout 0
+step $tagged/eval/results.json evaluate.py $on_tagged --reply-dialogues -1 --seeds 3 \
+    --calibrate frequencies --systems tagged-sft=sp:$tagged/sp/sft
+records="$records $tagged/eval"
+
+# The generator, on errors that the annotator names: its own, or all ("no decoupling of errors").
+annotator=out/esconv/replies/annotate/sft
+if [ "${LABELS:-}" ]; then
+  rg="--task rg $data --eval-dialogues 4"
+  judged="--annotator local --max-new-tokens 64 $few"
+  paper=$out/paper
+  copy $made/sp/sft $paper/sp/sft
+  copy $made/rg/sft $paper/rg/sft
+  copy $annotator $paper/annotate/sft
+  step $paper/sp/config.json mine_preferences.py --task sp $data --eval-dialogues 4 --out $paper \
+      --routing paper $judged
+  copy $paper $out/all-to-rg # whose answers are the same
+  systems="sft=sp:$made/sp/sft,rg:$made/rg/sft"
+  for routing in paper all-to-rg; do
+    here=$out/$routing
+    step $here/rg/config.json mine_preferences.py $rg --out $here --routing $routing $judged
+    step $here/rg/dpo/config.json train_dpo.py $rg --out $here --dropout 0 $dpo
+    systems="$systems $routing=sp:$made/sp/sft,rg:$here/rg/dpo"
+  done
+  step $paper/eval/results.json evaluate.py $data --out $paper --eval-dialogues 20 --seeds 3 \
+      --max-new-tokens 64 --annotator local --systems $systems
+  records="$records $paper/eval"
+fi
+
+# Another model.
 if [ "${OTHER_MODEL:-}" ]; then
   model="--model $OTHER_MODEL ${OTHER_TEMPLATE:+--chat-template $OTHER_TEMPLATE}"
   other=$out/other
-  step $other/sp/sft/config.json train_sft.py $sp $model --out $other --train-dialogues 60 \
-      --lr 5e-4 --epochs 1 --dropout 0
-  step $other/sp/config.json mine_preferences.py $sp $model --out $other --train-dialogues 60
+  step $other/sp/sft/config.json train_sft.py $sp $model --out $other $few --lr 5e-4 --epochs 1 \
+      --dropout 0
+  step $other/sp/config.json mine_preferences.py $sp $model --out $other $few
   systems="sft=sp:$other/sp/sft"
   for pairs in other drawn; do # its own, and SmolLM2's
     step $other/on-$pairs/sp/dpo/config.json train_dpo.py $sp $model --out $other/on-$pairs \
-        --sft $other/sp/sft --pairs $out/$pairs/sp --dropout 0 \
-        --lr 2e-4 --epochs 1 --eval-every 6 --keep last
+        --sft $other/sp/sft --pairs $out/$pairs/sp --dropout 0 $dpo
     systems="$systems on-$pairs=sp:$other/on-$pairs/sp/dpo"
   done
   step $other/eval/results.json evaluate.py $data $model $scored --out $other --systems $systems

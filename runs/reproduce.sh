@@ -2,11 +2,14 @@
 # The tables of docs/results.md on ESConv: SmolLM2-135M on a CPU, in some hours. Killed and run
 # again, it goes on where it was. What came out of it here lies in docs/experiments.jsonl.
 #   runs/reproduce.sh ESConv.json split.json [training dialogues of planners: 200] [seeds: "0 1 2"]
+# LABELS=FILE (README.md, "Mining with an annotator") trains an annotator on it, which then names the
+# errors of the replies.
 # For a 7B model on GPUs take the four steps of README.md with the scripts' defaults instead: they
 # are the paper's.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 ESConv.json split.json [dialogues] [seeds]" >&2; exit 2; }
 esconv="--data $(realpath "$1") --split-file $(realpath "$2")"
+labels=${LABELS:+$(realpath "$LABELS")}
 cd "$(dirname "$0")/.."
 runs/install.sh
 # the last file that a step leaves, and the step
@@ -55,9 +58,15 @@ step $out/rg/config.json mine_preferences.py $rg $few --max-new-tokens 64
 step $out/rg/dpo/config.json train_dpo.py $rg $dpo
 replies=out/esconv/replies
 answered="--eval-dialogues 40 --max-new-tokens 64 --seeds 3"
+if [ "$labels" ]; then
+  step $replies/annotate/sft/config.json train_sft.py --task annotate $esconv --seed $seed \
+      --out $replies --labels "$labels" --epochs 3 --lr 5e-4 --dropout 0 --save-every 10
+  answered="$answered --annotator local"
+fi
 step $replies/eval/results.json evaluate.py $esconv --seed $seed --out $replies $answered \
     --report $replies/report.html --systems \
     vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft \
-    sft=sp:$out/sp/sft,rg:$out/rg/sft dpo=sp:$out/sp/dpo,rg:$out/rg/dpo
+    sft=sp:$out/sp/sft,rg:$out/rg/sft dpo=sp:$out/sp/dpo,rg:$out/rg/dpo \
+    law=sp:$out/law/sp/dpo,rg:$out/rg/dpo
 "${VENV:-.venv}/bin/python" benchmarks/experiments.py --record out/esconv/*/eval \
     --plot out/esconv/frontier.png --file out/esconv/experiments.jsonl

@@ -8,7 +8,7 @@ import pytest
 from scripts import ROOT, run
 
 sys.path.append(str(ROOT / "benchmarks"))
-from experiments import cell, group_lines, identity, mean_and_half_width, recipe, table  # noqa: E402
+from experiments import cell, error_table, group_lines, identity, mean_and_half_width, recipe, table  # noqa: E402
 
 
 def make_line(
@@ -37,11 +37,24 @@ def test_a_table_has_a_line_for_each_system():
     (groups,) = group_lines(lines).values()
     assert [len(group) for group in groups.values()] == [3, 1]
     assert table(groups, ("Q", "B")).splitlines()[2:] == [
-        "| sft | 3 | 17.0 ± 2.7 |  |",
-        "| dpo | 1 | 15.0 ± 1.0* |  |",
+        "| sft | 3 | 17.0 ± 2.7 |",  # no column B: no system has it
+        "| dpo | 1 | 15.0 ± 1.0* |",
     ]
     assert cell(groups["dpo"], "Q", difference=True) == "−1.0 ± 1.0*"
     assert table(groups, ("B",)) == ""
+
+
+def test_errors_are_in_percent_of_what_was_annotated():
+    """By hand: of 4 replies 3 are sound, and of 2 one is, so 75 and 50, on average 62.5."""
+    lines = [make_line("sft", seed, 16) for seed in (0, 1)]
+    lines[0]["scores"]["errors"] = {"none": 3, "template response": 1}
+    lines[1]["scores"]["errors"] = {"none": 1, "emotion misread": 1}
+    (groups,) = group_lines([*lines, make_line("dpo", 0, 15)]).values()
+    assert error_table(groups).splitlines()[0] == (
+        "| system | emotion misread | none | template response |"
+    )
+    assert error_table(groups).splitlines()[2:] == ["| sft | 25.0 | 62.5 | 12.5 |"]
+    assert error_table({"dpo": groups["dpo"]}) == ""
 
 
 def test_another_recipe_is_another_system_and_another_evaluation_another_table():

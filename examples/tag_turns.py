@@ -1,0 +1,32 @@
+"""ESConv with each supporter utterance's strategy written before its words: "[Question] Why?".
+
+    python examples/tag_turns.py ESConv.json tagged.json
+    python train_sft.py --task sp --data tagged.json --split-file split.json
+
+A planner's history has no strategies (desc/prompts.py), and vanilla's has. On the copy a planner
+reads them, too: what is left of the difference between the two is not theirs (docs/results.md)."""
+
+import json
+import sys
+
+
+def tag(dialogue: dict) -> dict:
+    """A dialogue in ESConv's official schema, as it is but for what supporters say."""
+    utterances = []
+    for utterance in dialogue["dialog"]:
+        if strategy := utterance["annotation"].get("strategy"):
+            utterance = utterance | {"content": f"[{strategy}] {utterance['content'].strip()}"}
+        utterances.append(utterance)
+    return dialogue | {"dialog": utterances}
+
+
+def main(source: str, target: str) -> None:
+    with open(source, encoding="utf-8") as file:
+        dialogues = json.load(file)
+    with open(target, "w", encoding="utf-8") as file:
+        json.dump([tag(dialogue) for dialogue in dialogues], file)
+    print(f"{len(dialogues)} dialogues in {target}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
