@@ -13,6 +13,7 @@ from copy import deepcopy
 from importlib.resources import files
 
 import pytest
+from scripts import ROOT
 
 from desc import DescError
 from desc.domain import ESCONV, Strategies
@@ -495,3 +496,23 @@ def test_strategies_of_ones_own(tmp_path):
     )
     assert [d.supporter(0).strategy for d in load_dialogues(data, own)] == ["Reflect", "Affirm"]
     assert_refused(data, lambda: load_dialogues(data), "dialogue 0, utterance 1", "'Reflect'")
+
+
+# --- examples/tag_turns.py ------------------------------------------------------------------------
+
+
+def test_tagged_turns_say_their_strategy_and_all_else_stays(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import tag_turns
+
+    source, target = tmp_path / "ESConv.json", tmp_path / "tagged.json"
+    dialogues = json.loads(SAMPLE.read_text(encoding="utf-8"))["dialogues"]
+    source.write_text(json.dumps(dialogues), encoding="utf-8")
+    tag_turns.main(str(source), str(target))
+    plain, tagged = load_dialogues(source), load_dialogues(target)
+    assert len(plain) == len(tagged) > 10
+    for before, after in zip(plain, tagged):
+        assert [turn.strategy for turn in before.turns] == [turn.strategy for turn in after.turns]
+        for old, new in zip(before.turns, after.turns):
+            prefix = f"[{old.strategy}] " if old.speaker == "supporter" else ""
+            assert new.text == prefix + old.text
