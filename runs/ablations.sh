@@ -24,7 +24,7 @@ copy() {
 out=out/ablations/$seed
 few="--train-dialogues 60"
 # A third of reproduce.sh's steps, so at four times its rate.
-dpo="--lr 2e-4 --epochs 1 --eval-every 6 --keep last"
+dpo="--lr 2e-4 --epochs 1 --eval-every 12 --keep last"
 scored="--eval-dialogues 60 --reply-dialogues -1 --seeds 3 --calibrate frequencies"
 
 # The planner.
@@ -55,7 +55,7 @@ train drawn dropout --dropout 0.05
 for T in 1 0.7; do
   mine exact-$T --exact --temperature $T --top-p 1
   for beta in 0.5 1 2; do
-    train exact-$T T$T-beta$beta --dropout 0 --beta $beta
+    train exact-$T T$T-beta$beta --dropout 0 --beta $beta --eval-every 6
   done
 done
 step $out/eval/results.json evaluate.py $data $scored --out $out --report $out/report.html \
