@@ -9,8 +9,8 @@ A system is a planner (sp) and a generator (rg), which answers under the planner
 planner alone; or one model for both (vanilla). Each is given with the folder of its adapter, or
 with "base" for none; sp:gold takes the human strategies. With --decode scored strategies are drawn
 from the exact distribution over all names. With --decode free they are written and parsed, as the
-paper does: what cannot be parsed is left out of B and Q, and its rate is reported. Replies follow
-the strategies that the first seed draws.
+paper does: what cannot be parsed is left out of accuracy, B and Q, and its rate is reported.
+Replies follow the strategies that the first seed draws.
 
 Prints tables with 95 % intervals (bootstrap over dialogues; differences to the first system are
 paired). Writes OUT/eval/results.json and answers.jsonl. The latter has one line per dialogue: what
@@ -26,6 +26,7 @@ import torch
 import transformers
 
 from desc import DescError, __version__, cli
+from desc.calibration import planned_digest
 from desc.esconv import Dialogue, first, load_splits
 from desc.evaluation.figures import load_matplotlib
 from desc.evaluation.frontier import frontiers
@@ -102,6 +103,8 @@ def refuse_early(config: EvalConfig) -> None:
     is missing, or ratings.csv may hold what people wrote."""
     if config.calibrate != "none" and config.decode == "free":
         raise DescError("--calibrate needs --decode scored: what is written freely has no offsets")
+    if config.reply_dialogues < 0 and (config.annotator, config.judge) != ("none", "none"):
+        raise DescError("--annotator and --judge read replies: --reply-dialogues -1 leaves none")
     if config.report:
         load_matplotlib()
     if config.judge != "none":
@@ -126,6 +129,11 @@ def journal_settings_of(config: EvalConfig, systems: list[System]) -> dict:
     settings["annotate"] = ""
     if config.annotator == "local":
         settings["annotate"] = adapter_digest(Path(config.out) / "annotate" / "sft")
+    if config.calibrate != "none":
+        calibrated = [system for system in systems if system.calibrated]
+        settings["fitted on"] = {s.name: planned_digest(s.planner_adapter) for s in calibrated}
+    if config.judge != "none":  # which compares all others with it
+        settings["first"] = systems[0].name
     return settings | {"base": base_digest(config.model)}
 
 
@@ -234,7 +242,8 @@ def main():
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "test dialogues": len(test),
-        "test data": work_key(*keys),
+        "test data": work_key(*(work_key(dialogue, strategies, False) for dialogue in test)),
+        "folders": {system.name: system.adapters() for system in systems},
         "domain file": config.domain,
         "chat template file": config.chat_template,
     }
@@ -242,8 +251,6 @@ def main():
 
     # Write and print.
     curves = frontiers(systems, answers, strategies)
-    summary = {"facts": facts, "systems": rows, "frontiers": curves}
-    write_json(config.folder / "results.json", summary)
     print(
         f"\n{len(test)} test dialogues; percent but for B, nll (nats), ratings (0 to 5) and length"
         f" (words)\n\n{tables(rows)}"
@@ -261,6 +268,8 @@ def main():
         }
         write_page(config.report, results)
         print(f"\nthe report is {config.report}")
+    summary = {"facts": facts, "systems": rows, "frontiers": curves}
+    write_json(config.folder / "results.json", summary)
     show_turns(config.show, replied or test, answers, domain.speakers[0])
     if judge:  # last, because it may be refused if people have worked on the file meanwhile
         agreement.write_ratings(config.ratings_file, test, answers, domain.speakers)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 from desc import DescError, cli
-from desc.calibration import read_calibration
+from desc.calibration import planned_digest, read_calibration
 from desc.domain import Domain
 from desc.esconv import first, load_splits
 from desc.evaluation.tables import mining_table
@@ -130,6 +130,8 @@ def check_flags(config: MineConfig) -> None:
     local_planner = config.sampler == "local" and (config.together or config.task != "rg")
     if config.calibrate != "none" and not local_planner:
         raise DescError("--calibrate needs a planner that answers here, with --sampler local")
+    if config.calibrate != "none" and config.sft == "base":
+        raise DescError("--calibrate is fitted for the SFT planner, so it needs --sft adapter")
     needed = {"task": "sp", "routing": "released", "sampler": "local", "samples": 1}
     for name, value in (needed | {"annotator": "none"}).items():
         if config.exact and getattr(config, name) != value:
@@ -174,6 +176,8 @@ def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:
         adapters.append("annotate")
     digests = [adapter_digest(adapter_folder(config, module)) for module in adapters]
     base = base_digest(config.model) if config.loads_model else ""
+    if config.calibrate != "none":
+        settings["fitted on"] = planned_digest(adapter_folder(config, modules[0]))
     return settings | {"adapters": digests, "base": base}
 
 

@@ -76,6 +76,8 @@ def find_examples(
 ) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those to validate on."""
     if config.task != "annotate":
+        if config.labels or config.label_map:
+            raise DescError("--labels and --label-map are for --task annotate")
         train = first(splits["train"], config.train_dialogues)
         valid = first(splits["valid"], config.eval_dialogues)
         return tuple(
@@ -83,6 +85,8 @@ def find_examples(
         )
     if not config.labels:
         raise DescError("--task annotate learns from labelled turns: give --labels FILE")
+    if config.train_dialogues:
+        raise DescError("--task annotate learns from all labelled turns: no --train-dialogues")
     labelled = read_labels(config.labels, splits["test"], domain, config.label_map)
     rest, _ = hold_out(labelled, config.held_out)
     train, valid = hold_out(balance(rest), 0.1)

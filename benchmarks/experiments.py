@@ -8,7 +8,9 @@ The lines lie in --file. Those of several machines add up, and one that is there
 added again. A system's lines differ by the seed of its training. The tables give the mean over
 these seeds and a 95 % interval, whose half-width is √(dialogues² + seeds²): the mean half-width of
 each line's own interval (bootstrap over test dialogues), and Student's t times the standard error
-of the seeds. One seed says nothing of the second part, so its interval is marked with a *."""
+of the seeds. One seed says nothing of the second part, so its interval is marked with a *. The
+estimates of B and ece are biased upwards, and their intervals are not (desc/metrics.py), so the
+tables show these intervals' ends."""
 
 import math
 import statistics
@@ -20,6 +22,7 @@ from contest import machine
 
 from desc import DescError, cli
 from desc.evaluation.figures import load_matplotlib
+from desc.evaluation.systems import BASE, GOLD
 from desc.evaluation.tables import JUDGE_COLUMNS, TEXT_COLUMNS, decimals
 from desc.flags import flag, parse
 from desc.storage.files import parse as parse_json
@@ -35,6 +38,9 @@ PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + [
     "ece",
 ]
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 %, by seeds
+STUDENT_OF_MORE = 2.31  # that of 9 seeds: for more than these it is a little too wide
+LINE = {"system", "seed", "made", "adapters", "evaluation", "calibrate", "first", "scores"}
+BIASED = ("B", "B expected", "ece")
 COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777", "#e08fb0")
 
 
@@ -53,11 +59,11 @@ def read_record(path: Path) -> dict:
 
 def without_places(flags: dict) -> dict:
     """The flags that were given or have a value. Where things lay says nothing to others, so files
-    keep their names alone."""
+    keep their names alone, and OUT and what training started from are left out."""
     kept = {name: value for name, value in flags.items() if value not in (None, [])}
-    for name in ("out", "sft", "pairs"):
+    for name in ("out", "pairs", "sft" if "beta" in flags else ""):
         kept.pop(name, None)
-    for name in ("data", "split_file", "domain"):
+    for name in ("model", "data", "split_file", "domain", "chat_template", "labels", "label_map"):
         if name in kept:
             kept[name] = Path(kept[name]).name
     return kept
@@ -76,40 +82,53 @@ def made_with(folder: Path) -> dict:
     if "beta" in flags:
         home = Path(flags["out"]) / flags["task"]
         pairs = Path(flags["pairs"]) if flags["pairs"] else home
-        mined = read_record(pairs / "mining.json")
-        made["mining"] = {"flags": without_places(cli.read_config(pairs)), "pairs": mined["pairs"]}
-        made["sft"] = made_with(Path(flags["sft"]) if flags["sft"] else home / "sft")
+        made["mining"] = {"flags": without_places(cli.read_config(pairs))}
+        if (pairs / "mining.json").exists():  # else they were not mined
+            made["mining"]["pairs"] = read_record(pairs / "mining.json")["pairs"]
+        sft = Path(flags["sft"]) if flags["sft"] else home / "sft"
+        made["sft"] = made_with(sft) if sft.exists() else BASE
     return made
 
 
 def make_lines(folder: Path) -> list[dict]:
     """The lines of an evaluation's systems; the frequencies' is the first. Raises DescError if a
-    file is missing."""
+    file is missing, or if the evaluation was made by an older version."""
     results = read_record(folder / "results.json")
     facts, lines = results["facts"], []
-    given = dict(system.split("=", 1) for system in facts["systems"])
+    if "folders" not in facts:
+        raise DescError(f"{folder}: is an older version's; run evaluate.py again, which is quick")
     asked = {"seed", "temperature", "top_p", "seeds", "dtype", "test dialogues", "test data"}
     evaluation = {name: facts[name] for name in sorted(asked | {"decode", "max_new_tokens"})}
+    for name in ("annotator", "judge"):
+        if facts[name] != "none":
+            evaluation[name] = facts[name]
     computed_in = SimpleNamespace(dtype=facts["dtype"])
     for name, row in results["systems"].items():
-        adapters = dict(
-            part.split(":", 1)
-            for part in given.get(name.removesuffix(" calibrated"), "").split(",")
-            if ":" in part
-        )
-        made = {task: made_with(Path(path)) for task, path in adapters.items() if "/" in path}
+        adapters = facts["folders"].get(name, {})
+        made = {
+            task: made_with(Path(path))
+            for task, path in adapters.items()
+            if path not in (BASE, GOLD)
+        }
         seeds = [part["flags"]["seed"] for part in made.values()]
         line = {"system": name, "seed": seeds[0] if seeds else 0, "made": made}
         line |= {"adapters": facts["adapters"].get(name, {}), "evaluation": evaluation}
-        line |= {"calibrate": facts["calibrate"], "machine": machine(computed_in), "scores": row}
+        line |= {"calibrate": facts["calibrate"], "first": next(iter(facts["folders"]))}
+        line |= {"machine": machine(computed_in), "scores": row}
         line |= {"frontier": results["frontiers"].get(name)}
         lines.append(line)
     return lines
 
 
+def way_of_calibration(line: dict) -> str:
+    """How a line's system is calibrated; "" if it is not."""
+    return line["calibrate"] if line["system"].endswith(" calibrated") else ""
+
+
 def identity(line: dict) -> str:
     """What makes two lines the same experiment."""
-    return work_key(*(line[name] for name in ("system", "seed", "adapters", "evaluation")))
+    parts = [line[name] for name in ("system", "seed", "adapters", "evaluation")]
+    return work_key(*parts, way_of_calibration(line))
 
 
 def recipe(made) -> object:
@@ -121,6 +140,7 @@ def recipe(made) -> object:
         passing.add("strategy_at")  # which is for rg alone
     # Lines from before there were these flags have no entry.
     newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0, "exact": False}
+    newer |= {"sft": "adapter"}  # the mining's
     kept = {name: value for name, value in made.items() if name not in passing}
     for name, default in newer.items():
         if kept.get(name) == default:
@@ -130,31 +150,36 @@ def recipe(made) -> object:
 
 def group_lines(lines: list[dict]) -> dict[str, dict[str, list[dict]]]:
     """{how it was evaluated: {system: its lines}}, in the order in which they come first. Lines
-    of a system differ by their seed. One of another recipe is another system, "NAME (2)"."""
+    of a system differ by the seed of its training: of several evaluations the first counts. One of
+    another recipe is another system, "NAME (2)"."""
     tables: dict[str, dict[str, list[dict]]] = {}
     names: dict[tuple, str] = {}  # of each system by evaluation, name and recipe
     for line in lines:
         facts = {name: value for name, value in line["evaluation"].items() if name != "seed"}
         evaluation = ", ".join(f"{name} {value}" for name, value in facts.items())
         groups, system = tables.setdefault(evaluation, {}), line["system"]
-        key = (evaluation, system, str(recipe(line["made"])))
+        key = (evaluation, system, str(recipe(line["made"])) + way_of_calibration(line))
         if key not in names:
             others = sum(known[:2] == key[:2] for known in names)
             names[key] = f"{system} ({others + 1})" if others else system
-        groups.setdefault(names[key], []).append(line)
+        group = groups.setdefault(names[key], [])
+        if all(line["seed"] != other["seed"] for other in group):
+            group.append(line)
     return tables
 
 
-def mean_and_half_width(values: list[float], limits: list) -> tuple[float, float | None]:
-    """The mean over seeds, and half of its interval as the module says; None if no line has one."""
-    mean = statistics.mean(values)
+def interval_of_mean(values: list[float], limits: list) -> tuple[float, float] | None:
+    """(centre, half-width) of the interval of a mean over seeds, as the module says; None if a line
+    has none. The centre is that of the lines' own intervals."""
     if any(limit is None or None in limit for limit in limits):
-        return mean, None
+        return None
+    centre = statistics.mean((high + low) / 2 for low, high in limits)
     dialogues = statistics.mean((high - low) / 2 for low, high in limits)
     seeds = 0.0
     if len(values) > 1:
-        seeds = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, math.hypot(dialogues, seeds)
+        t = STUDENT.get(len(values), STUDENT_OF_MORE)
+        seeds = t * statistics.stdev(values) / math.sqrt(len(values))
+    return centre, math.hypot(dialogues, seeds)
 
 
 def cell(lines: list[dict], column: str, difference: bool = False) -> str:
@@ -170,13 +195,18 @@ def cell(lines: list[dict], column: str, difference: bool = False) -> str:
             return ""
         values = [row[column] for row in rows]
         limits = [row.get(f"{column} interval") for row in rows]
-    mean, half = mean_and_half_width(values, limits)
-    digits = decimals(column)
-    sign = "+" if difference else ""
-    shown = f"{mean:{sign}.{digits}f}".replace("-", "−")
-    if half is None:
-        return shown
-    return f"{shown} ± {half:.{digits}f}{'*' if len(values) == 1 else ''}"
+    found = interval_of_mean(values, limits)
+    form = f"{'+' if difference else ''}.{decimals(column)}f"
+    shown = f"{statistics.mean(values):{form}}"
+    if found:
+        centre, half = found
+        if column in BIASED:
+            low = centre - half if difference else max(centre - half, 0)
+            shown += f" ({low:{form}} … {centre + half:{form}})"
+        else:
+            shown += f" ± {half:.{decimals(column)}f}"
+        shown += "*" if len(values) == 1 else ""
+    return shown.replace("-", "−")
 
 
 def table(groups: dict[str, list[dict]], columns, difference: bool = False) -> str:
@@ -214,10 +244,15 @@ def print_tables(evaluation: str, groups: dict[str, list[dict]]) -> None:
     """The tables of one way to evaluate."""
     print(f"## {evaluation}\n")
     kinds = (PLANNER_COLUMNS, TEXT_COLUMNS, JUDGE_COLUMNS)
-    scores = [table(groups, columns) for columns in kinds]
-    differences = [table(groups, columns, difference=True) for columns in kinds]
-    heading = "Differences to the first system"
-    shown = [*scores, error_table(groups), heading, *differences]
+    shown = [*(table(groups, columns) for columns in kinds), error_table(groups)]
+    for first in dict.fromkeys(line["first"] for lines in groups.values() for line in lines):
+        compared = {}
+        for name, lines in groups.items():
+            if to_first := [line for line in lines if line["first"] == first]:
+                compared[name] = to_first
+        differences = [table(compared, columns, difference=True) for columns in kinds]
+        if any(differences):
+            shown += [f"Differences to {first}", *differences]
     print("\n\n".join(part for part in shown if part) + "\n")
 
 
@@ -247,7 +282,11 @@ def draw(groups: dict[str, list[dict]], path: str) -> None:
 def main():
     config = parse(Config)
     path = Path(config.file)
-    lines = list(read_lines(path).values()) if path.exists() else []
+    lines = []
+    for where, line in (read_lines(path) if path.exists() else {}).items():
+        if not isinstance(line, dict) or not LINE <= line.keys():
+            raise DescError(f"{where}: is no line of an experiment")
+        lines.append(line)
     known = {identity(line) for line in lines}
     for folder in config.record:
         new = [line for line in make_lines(Path(folder)) if identity(line) not in known]

@@ -4,6 +4,7 @@ validation turns. No weight changes.
 B is 0 exactly if a planner uses each strategy as often as people do (desc/metrics.py), whatever it
 knows of the context. K offsets can do that, so B can be had for nothing."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,9 +126,10 @@ def read_planned(folder: str | Path, strategies: Strategies) -> Planned:
         raise DescError(
             f"{path} is missing: a calibration is fitted on it; train the planner again"
         )
-    (where, first), *turns = read_lines(path).items()
+    (where, first), *turns = list(read_lines(path).items()) or [(str(path), {})]
     counts = read_field(first, "counts", dict, where)
-    if tuple(counts) != strategies or not turns:
+    counted = all(type(count) is int and count >= 0 for count in counts.values())
+    if tuple(counts) != strategies or not counted or not turns:
         raise DescError(f"{path}: was made with other strategies; train the planner again")
     logps, gold = [], []
     for where, turn in turns:
@@ -140,6 +142,12 @@ def read_planned(folder: str | Path, strategies: Strategies) -> Planned:
         gold.append(strategies.index(name))
     frequencies = strategy_frequencies(list(counts.values()))
     return Planned(torch.tensor(logps), torch.tensor(gold), frequencies)
+
+
+def planned_digest(folder: str | Path) -> str:
+    """SHA-256 of what a calibration is fitted on; "" if it is missing."""
+    path = Path(folder) / PLANNED
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def read_calibration(folder: str | Path, config, strategies: Strategies) -> Calibration | None:

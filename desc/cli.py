@@ -111,20 +111,28 @@ def progress(model, total: int, title: str, unit: str, done: int = 0) -> tqdm:
 
 
 def use_adapter(
-    config: Config, model, folder: Path, name: str, otherwise: str | None = None
+    config: Config,
+    model,
+    folder: Path,
+    task: str,
+    otherwise: str | None = None,
+    name: str | None = None,
 ) -> bool:
-    """Attach the adapter in `folder`, frozen. Returns whether there is one. Prints which adapter is
-    used, or what happens `otherwise`.
+    """Attach the adapter in `folder`, which is used for `task`, as `name` (by default the task's),
+    frozen. Returns whether there is one. Prints which adapter is used, or what happens `otherwise`.
 
-    Raises DescError if there is none and `otherwise` is None, or if it was trained on another base,
-    for another domain, with the strategy in another place, or with another chat template."""
+    Raises DescError if there is none and `otherwise` is None, or if it was trained for another
+    task, on another base, for another domain, with the strategy in another place, or with another
+    chat template."""
     if has_adapter(folder):
         made_with = read_config(folder)
+        if made_with.get("task", task) != task:
+            raise DescError(f"{folder}: was trained for {made_with['task']}, not for {task}")
         refuse_other_base(model, folder, made_with.get("base"))
         refuse_other_prompts(config, folder, made_with)
         refuse_other_template(config, folder, made_with)
         print(f"uses the adapter {folder}")
-        load_adapter(model, folder, name)
+        load_adapter(model, folder, name or task)
         return True
     if otherwise is None:
         raise DescError(f"finds no adapter in {folder}: train it first, or ask for the base model")

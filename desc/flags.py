@@ -262,7 +262,7 @@ class TrainConfig(TaskConfig):
     )
     compile: bool = flag(
         False,
-        "on a GPU: let PyTorch fuse the layers' element-wise work; the first steps take minutes",
+        "on a GPU: let PyTorch fuse the layers' element-wise work, after half a minute's compiling",
     )
     estimate: int = flag(
         0,

@@ -20,6 +20,9 @@ import json
 import random
 import re
 import sys
+from pathlib import Path
+
+from desc.storage.files import write_json
 
 TEACHER = re.compile(r"\s*Teacher: \((\w+)\)(.*)", re.DOTALL)
 
@@ -58,10 +61,11 @@ def main(source: str, target: str, split: str) -> None:
     with open(source, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
     for path, value in ((target, list(map(to_dialogue, rows))), (split, split_by_problem(rows))):
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
+        write_json(Path(path), value)
     print(f"{len(rows)} dialogues in {target}, divided by problem in {split}")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(f"usage: {sys.argv[0]} test.jsonl mathdial.json split.json")
     main(*sys.argv[1:])

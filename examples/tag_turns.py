@@ -6,8 +6,10 @@
 A planner's history has no strategies (desc/prompts.py), and vanilla's has. On the copy a planner
 reads them, too: what is left of the difference between the two is not theirs (docs/results.md)."""
 
-import json
 import sys
+from pathlib import Path
+
+from desc.storage.files import read_records, write_json
 
 
 def tag(dialogue: dict) -> dict:
@@ -21,12 +23,12 @@ def tag(dialogue: dict) -> dict:
 
 
 def main(source: str, target: str) -> None:
-    with open(source, encoding="utf-8") as file:
-        dialogues = json.load(file)
-    with open(target, "w", encoding="utf-8") as file:
-        json.dump([tag(dialogue) for dialogue in dialogues], file)
+    dialogues = read_records(source)
+    write_json(Path(target), [tag(dialogue) for dialogue in dialogues])
     print(f"{len(dialogues)} dialogues in {target}")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: {sys.argv[0]} ESConv.json tagged.json")
     main(*sys.argv[1:])

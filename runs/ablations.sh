@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The ablations of docs/results.md. Run runs/reproduce.sh before, for all start from the SFT adapters
-# of a seed of it. Some hours on two cores. Killed and run again, it goes on where it was.
+# The ablations of docs/results.md. Run runs/reproduce.sh before, because all start from the SFT
+# adapters of a seed of it. Some hours on two cores. Killed and run again, it goes on where it was.
 #   runs/ablations.sh ESConv.json split.json [seed: 0]
 # LABELS=FILE, given to both, adds the generator: its own errors' pairs, or all errors' pairs.
 # OTHER_MODEL=FOLDER [OTHER_TEMPLATE=FILE] adds DPO of another model, on pairs that it mined itself
@@ -11,6 +11,8 @@ seed=${3:-0}
 esconv=$(realpath "$1")
 split="--split-file $(realpath "$2") --seed $seed"
 data="--data $esconv $split"
+if [ -e "${OTHER_MODEL:-}" ]; then OTHER_MODEL=$(realpath "$OTHER_MODEL"); fi
+OTHER_TEMPLATE=${OTHER_TEMPLATE:+$(realpath "$OTHER_TEMPLATE")}
 cd "$(dirname "$0")/.."
 made=out/esconv/$seed
 [ -e $made/sp/sft ] || { echo "$0: $made/sp/sft is missing; run runs/reproduce.sh" >&2; exit 2; }
@@ -37,7 +39,7 @@ mine() {
 }
 # train PAIRS NAME FLAGS: DPO on them
 train() {
-  step $out/$1/$2/sp/dpo/config.json train_dpo.py $sp --out $out/$1/$2 --sft $made/sp/sft \
+  step $out/$1/$2/sp/dpo/metrics.jsonl train_dpo.py $sp --out $out/$1/$2 --sft $made/sp/sft \
       --pairs $out/$1/sp $dpo "${@:3}"
   systems="$systems $2=sp:$out/$1/$2/sp/dpo"
 }
@@ -67,7 +69,7 @@ tagged=$out/tagged
 mkdir -p $tagged
 step $tagged/ESConv.json examples/tag_turns.py "$esconv" $tagged/ESConv.json
 on_tagged="--data $tagged/ESConv.json $split --out $tagged"
-step $tagged/sp/sft/config.json train_sft.py --task sp $on_tagged --eval-dialogues 20 \
+step $tagged/sp/sft/metrics.jsonl train_sft.py --task sp $on_tagged --eval-dialogues 20 \
     --train-dialogues 200 --lr 5e-4 --epochs 1 --dropout 0
 step $tagged/eval/results.json evaluate.py $on_tagged --reply-dialogues -1 --seeds 3 \
     --calibrate frequencies --systems tagged-sft=sp:$tagged/sp/sft
@@ -89,7 +91,7 @@ if [ "${LABELS:-}" ]; then
   for routing in paper all-to-rg; do
     here=$out/$routing
     step $here/rg/config.json mine_preferences.py $rg --out $here --routing $routing $judged
-    step $here/rg/dpo/config.json train_dpo.py $rg --out $here --dropout 0 $dpo
+    step $here/rg/dpo/metrics.jsonl train_dpo.py $rg --out $here --dropout 0 $dpo
     systems="$systems $routing=sp:$made/sp/sft,rg:$here/rg/dpo"
   done
   step $paper/eval/results.json evaluate.py $data --out $paper --eval-dialogues 20 --seeds 3 \
@@ -101,12 +103,12 @@ fi
 if [ "${OTHER_MODEL:-}" ]; then
   model="--model $OTHER_MODEL ${OTHER_TEMPLATE:+--chat-template $OTHER_TEMPLATE}"
   other=$out/other
-  step $other/sp/sft/config.json train_sft.py $sp $model --out $other $few --lr 5e-4 --epochs 1 \
+  step $other/sp/sft/metrics.jsonl train_sft.py $sp $model --out $other $few --lr 5e-4 --epochs 1 \
       --dropout 0
   step $other/sp/config.json mine_preferences.py $sp $model --out $other $few
   systems="sft=sp:$other/sp/sft"
   for pairs in other drawn; do # its own, and SmolLM2's
-    step $other/on-$pairs/sp/dpo/config.json train_dpo.py $sp $model --out $other/on-$pairs \
+    step $other/on-$pairs/sp/dpo/metrics.jsonl train_dpo.py $sp $model --out $other/on-$pairs \
         --sft $other/sp/sft --pairs $out/$pairs/sp --dropout 0 $dpo
     systems="$systems on-$pairs=sp:$other/on-$pairs/sp/dpo"
   done

@@ -2,10 +2,10 @@
 # The tables of docs/results.md on ESConv: SmolLM2-135M on a CPU, in some hours. Killed and run
 # again, it goes on where it was. What came out of it here lies in docs/experiments.jsonl.
 #   runs/reproduce.sh ESConv.json split.json [training dialogues of planners: 200] [seeds: "0 1 2"]
-# LABELS=FILE (README.md, "Mining with an annotator") trains an annotator on it, which then names the
-# errors of the replies.
+# LABELS=FILE (README.md, "Mining with an annotator") trains an annotator on it, which then names
+# the errors of the replies.
 # For a 7B model on GPUs take the four steps of README.md with the scripts' defaults instead: they
-# are the paper's.
+# are the paper's, but for DPO's rate, vanilla's beta and --strategy-at turn, which are ours.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 ESConv.json split.json [dialogues] [seeds]" >&2; exit 2; }
 esconv="--data $(realpath "$1") --split-file $(realpath "$2")"
@@ -14,6 +14,10 @@ cd "$(dirname "$0")/.."
 runs/install.sh
 # the last file that a step leaves, and the step
 step() { [ -e "$1" ] || "${VENV:-.venv}/bin/python" "${@:2}"; }
+# copy FROM TO: a folder, whole or not at all
+copy() {
+  [ -e "$2" ] || { mkdir -p "$2.part" && cp -r "$1/." "$2.part" && mv "$2.part" "$2"; }
+}
 many="--train-dialogues ${3:-200}"
 few="--train-dialogues 60" # of what writes replies
 sft="--lr 5e-4 --epochs 1 --dropout 0 --save-every 10"
@@ -25,22 +29,22 @@ for seed in ${4:-0 1 2}; do
 
   # The planner, as published: beta 0.5, errors drawn at T 0.7.
   sp="--task sp $data --eval-dialogues 20"
-  step $out/sp/sft/config.json train_sft.py $sp --out $out $many $sft
+  step $out/sp/sft/metrics.jsonl train_sft.py $sp --out $out $many $sft
   step $out/sp/config.json mine_preferences.py $sp --out $out $many
-  step $out/sp/dpo/config.json train_dpo.py $sp --out $out $dpo
+  step $out/sp/dpo/metrics.jsonl train_dpo.py $sp --out $out $dpo
 
   # The planner by the law of self-mined pairs: beta 1, all errors at T 1 (docs/tour.md, section 7).
   law=$out/law
-  if [ ! -e $law/sp/sft/config.json ]; then mkdir -p $law/sp; cp -r $out/sp/sft $law/sp; fi
+  copy $out/sp/sft $law/sp/sft
   exact="--exact --temperature 1 --top-p 1"
   step $law/sp/config.json mine_preferences.py $sp --out $law $many $exact
-  step $law/sp/dpo/config.json train_dpo.py $sp --out $law $dpo --beta 1
+  step $law/sp/dpo/metrics.jsonl train_dpo.py $sp --out $law $dpo --beta 1
 
   # One model for both. Its mining writes replies, so it has fewer dialogues.
   vanilla="--task vanilla $data --eval-dialogues 20 --out $out"
-  step $out/vanilla/sft/config.json train_sft.py $vanilla $many $sft
+  step $out/vanilla/sft/metrics.jsonl train_sft.py $vanilla $many $sft
   step $out/vanilla/config.json mine_preferences.py $vanilla $few --max-new-tokens 64
-  step $out/vanilla/dpo/config.json train_dpo.py $vanilla $dpo
+  step $out/vanilla/dpo/metrics.jsonl train_dpo.py $vanilla $dpo
 
   step $out/eval/results.json evaluate.py $data --out $out --reply-dialogues -1 --seeds 3 \
       --calibrate frequencies --report $out/report.html --systems \
@@ -53,13 +57,13 @@ seed=${4:-0}
 seed=${seed%% *}
 out=out/esconv/$seed
 rg="--task rg $esconv --seed $seed --out $out --eval-dialogues 4"
-step $out/rg/sft/config.json train_sft.py $rg $few $sft
+step $out/rg/sft/metrics.jsonl train_sft.py $rg $few $sft
 step $out/rg/config.json mine_preferences.py $rg $few --max-new-tokens 64
-step $out/rg/dpo/config.json train_dpo.py $rg $dpo
+step $out/rg/dpo/metrics.jsonl train_dpo.py $rg $dpo
 replies=out/esconv/replies
 answered="--eval-dialogues 40 --max-new-tokens 64 --seeds 3"
 if [ "$labels" ]; then
-  step $replies/annotate/sft/config.json train_sft.py --task annotate $esconv --seed $seed \
+  step $replies/annotate/sft/metrics.jsonl train_sft.py --task annotate $esconv --seed $seed \
       --out $replies --labels "$labels" --epochs 3 --lr 5e-4 --dropout 0 --save-every 10
   answered="$answered --annotator local"
 fi

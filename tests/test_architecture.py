@@ -136,7 +136,7 @@ def test_readme_and_the_package_name_every_room():
 def test_every_file_that_the_prose_names_exists():
     for page in (
         "README.md",
-        *map("docs/{}.md".format, ("tour", "results", "speed", "scaling", "models")),
+        *map("docs/{}.md".format, ("tour", "results", "speed", "scaling", "models", "studies")),
     ):
         text = (ROOT / page).read_text(encoding="utf-8")
         for name in re.findall(r"\b((?:desc|tests|benchmarks|runs|docs)/[\w/]+\.\w+)", text):

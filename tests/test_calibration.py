@@ -16,6 +16,7 @@ from desc.calibration import (
     correct_prior,
     match_frequencies,
     maximise_likelihood,
+    planned_digest,
     read_calibration,
     strategy_frequencies,
 )
@@ -161,7 +162,14 @@ def test_a_calibration_is_fitted_on_what_lies_beside_the_adapter(tmp_path):
 def test_what_cannot_be_fitted_on_is_refused(tmp_path):
     with pytest.raises(DescError, match="validation.jsonl is missing: .*; train the planner again"):
         read_calibration(tmp_path, sampled("prior"), PAIR)
+    for text in ("", '{"counts": {"Ask": "x", "Tell": 1}}\n{}\n'):
+        (tmp_path / "validation.jsonl").write_text(text)
+        with pytest.raises(DescError, match="train the planner again|field 'counts'"):
+            read_calibration(tmp_path, sampled("prior"), PAIR)
     write_planned(tmp_path, {"turn": "0/0", "gold": "Ask", "logps": [-0.5, -0.5]})
+    before = planned_digest(tmp_path)
+    write_planned(tmp_path, {"turn": "0/0", "gold": "Ask", "logps": [-0.5, -0.6]})
+    assert before != planned_digest(tmp_path) and planned_digest(tmp_path / "nowhere") == ""
     with pytest.raises(DescError, match="was made with other strategies"):
         read_calibration(tmp_path, sampled("prior"), Strategies(("Ask", "Say")))
     write_planned(tmp_path, {"turn": "0/0", "gold": "Ask"})

@@ -8,7 +8,16 @@ import pytest
 from scripts import ROOT, run
 
 sys.path.append(str(ROOT / "benchmarks"))
-from experiments import cell, error_table, group_lines, identity, mean_and_half_width, recipe, table  # noqa: E402
+from experiments import (  # noqa: E402
+    cell,
+    error_table,
+    group_lines,
+    identity,
+    interval_of_mean,
+    print_tables,
+    recipe,
+    table,
+)
 
 
 def make_line(
@@ -19,6 +28,7 @@ def make_line(
         row["Q difference"] = [difference, difference - half, difference + half]
     made = {"sp": {"flags": {"seed": seed, "lr": lr}, "steps": seed}}
     line = {"system": system, "seed": seed, "adapters": {}, "made": made, "scores": row}
+    line |= {"calibrate": "frequencies", "first": "sft"}
     return line | {"evaluation": {"seed": seed, "test dialogues": 130}}
 
 
@@ -26,9 +36,17 @@ def test_the_interval_over_seeds_and_dialogues_by_hand():
     """Three seeds with 16, 17, 18: standard deviation 1, Student's t 4.30, so 4.30 / √3 = 2.483.
     With half-widths of 1 for the dialogues √(1 + 2.483²) = 2.676."""
     values, limits = [16.0, 17.0, 18.0], [(15.0, 17.0), (16.0, 18.0), (17.0, 19.0)]
-    assert mean_and_half_width(values, limits) == pytest.approx((17, 2.6764), abs=1e-4)
-    assert mean_and_half_width([16.0], [(15.0, 17.5)]) == (16, 1.25)
-    assert mean_and_half_width([16.0, 17.0], [None, None]) == (16.5, None)
+    assert interval_of_mean(values, limits) == pytest.approx((17, 2.6764), abs=1e-4)
+    assert interval_of_mean([16.0], [(15.0, 17.5)]) == (16.25, 1.25)
+    assert interval_of_mean([16.0, 17.0], [None, None]) is None
+
+
+def test_b_shows_the_ends_of_its_interval():
+    """Its estimate is biased, so it does not stand in the middle."""
+    line = make_line("sft", 0, 16)
+    line["scores"] = {"B": 0.2, "B interval": [0.05, 0.25], "B difference": [0.1, -0.05, 0.2]}
+    assert cell([line], "B") == "0.200 (0.050 … 0.250)*"
+    assert cell([line], "B", difference=True) == "+0.100 (−0.050 … +0.200)*"
 
 
 def test_a_table_has_a_line_for_each_system():
@@ -55,6 +73,31 @@ def test_errors_are_in_percent_of_what_was_annotated():
     )
     assert error_table(groups).splitlines()[2:] == ["| sft | 25.0 | 62.5 | 12.5 |"]
     assert error_table({"dpo": groups["dpo"]}) == ""
+
+
+def test_what_makes_two_lines_one_system():
+    """The seed of their training; which calibration it was; and what it is compared with."""
+    plain, again = make_line("sft", 0, 16), make_line("sft", 0, 18)
+    calibrated = make_line("sft calibrated", 0, 16)
+    likelihood = calibrated | {"calibrate": "likelihood"}
+    assert identity(calibrated) != identity(likelihood)
+    assert identity(plain) == identity(plain | {"calibrate": "likelihood"})
+    lines = [plain, again | {"evaluation": plain["evaluation"] | {"seed": 1}}]
+    (groups,) = group_lines([*lines, calibrated, likelihood]).values()
+    assert {name: len(group) for name, group in groups.items()} == {
+        "sft": 1,  # one training seed, whatever the draws' seed
+        "sft calibrated": 1,
+        "sft calibrated (2)": 1,
+    }
+
+
+def test_differences_are_to_one_system(capsys):
+    lines = [make_line("law", 0, 16, difference=2), make_line("law", 1, 16, difference=4)]
+    lines[1]["first"] = "vanilla"
+    print_tables("here", next(iter(group_lines(lines).values())))
+    to_sft, to_vanilla = capsys.readouterr().out.split("Differences to ")[1:]
+    assert to_sft.startswith("sft\n") and "| law | 1 | +2.0 ± 1.0* |" in to_sft
+    assert to_vanilla.startswith("vanilla\n") and "| law | 1 | +4.0 ± 1.0* |" in to_vanilla
 
 
 def test_another_recipe_is_another_system_and_another_evaluation_another_table():

@@ -150,11 +150,21 @@ def test_other_labels_are_another_input(train, tmp_path):
         train(*flags)
 
 
-@pytest.mark.parametrize("objective, passes", [("dpo", 2), ("ipo", 2), ("simpo", 1), ("kto", 3)])
-def test_the_estimate_counts_each_forward(objective, passes, train, capsys):
-    """kto also reads the policy to measure its drift."""
+@pytest.mark.parametrize(
+    "objective, epochs, passes",
+    [
+        ("dpo", 1, 2),
+        ("ipo", 1, 2),
+        ("simpo", 1, 1),
+        ("kto", 1, 3),
+        ("dpo", 2, 1.5),
+        ("kto", 2, 2.5),
+    ],
+)
+def test_the_estimate_counts_each_forward(objective, epochs, passes, train, capsys):
+    """kto also reads the policy to measure its drift. The reference is read once for all epochs."""
     with pytest.raises(FileNotFoundError):  # it trains nothing
-        train("--objective", objective, "--estimate", 1)
+        train("--objective", objective, "--epochs", epochs, "--estimate", 1)
     printed = capsys.readouterr().out
     words = [line.split() for line in printed.splitlines()]
     run_of = next(int(line[4].replace(",", "")) for line in words if line[:2] == ["tokens", "of"])

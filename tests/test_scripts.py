@@ -15,6 +15,7 @@ import pytest
 from scripts import ROOT, command, lines, run
 
 from desc import DescError
+from desc.calibration import planned_digest
 from desc.storage.adapters import adapter_digest
 from desc.storage.files import write_lines
 
@@ -128,7 +129,8 @@ def test_systems_are_compared_on_the_same_turns(out):
     assert rows["same"]["empathy wins"] == 50
     assert 0 <= rows["base"]["empathy"] <= 5
     assert sum(rows["base"]["errors"].values()) == rows["base"]["replies"]
-    _, *records = lines(out / "eval" / "answers.jsonl")
+    settings, *records = lines(out / "eval" / "answers.jsonl")
+    assert settings["first"] == "first"  # with another one the verdicts would be others
     for answers in (record["systems"] for record in records):
         assert answers["first"] == {
             key: value for key, value in answers["same"].items() if key != "verdicts"
@@ -144,6 +146,27 @@ def test_systems_are_compared_on_the_same_turns(out):
     )
 
 
+def test_a_module_is_asked_in_its_own_way(out):
+    """The base model has no adapter, but sp and vanilla read other prompts. An adapter is used for
+    its own task alone."""
+    quick = ("--eval-dialogues", 1, "--reply-dialogues", -1, "--systems")
+    evaluate(out, *quick, "sp=sp:base", "vanilla=vanilla:base")
+    _, record = lines(out / "eval" / "answers.jsonl")
+    assert record["systems"]["sp"]["logps"] != record["systems"]["vanilla"]["logps"]
+    turned = ("evaluate.py", "--model", "toy", "--out", out, *quick, f"x=sp:{out}/rg/sft")
+    assert f"{out}/rg/sft: was trained for rg, not for sp" in run(*turned, fails=True)
+
+
+def test_an_adapter_of_an_earlier_run_does_not_stay(tmp_path):
+    """With another --keep the other adapter has a folder of its own."""
+    flags = ("--task", "sp", "--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
+    train = ("train_sft.py", *flags, "--train-dialogues", 1, "--epochs", 1)
+    for kept, other in (("best", "last"), ("last", "best")):
+        run(*train, "--keep", kept)
+        folders = [path.name for path in (tmp_path / "sp" / "sft").iterdir() if path.is_dir()]
+        assert folders == [other]
+
+
 def test_a_calibrated_planner_stands_beside_itself(out):
     """All its log-probabilities are shifted by the same offsets, up to a constant of the turn."""
     planner = f"sft=sp:{out}/sp/sft,rg:{out}/rg/sft"
@@ -154,7 +177,8 @@ def test_a_calibrated_planner_stands_beside_itself(out):
     assert list(results["systems"]) == names
     assert list(results["frontiers"]) == ["sft", "base"]
     assert list(results["frontiers"]["base"]) == ["none"]
-    _, *records = lines(out / "eval" / "answers.jsonl")
+    settings, *records = lines(out / "eval" / "answers.jsonl")
+    assert settings["fitted on"] == {"sft calibrated": planned_digest(out / "sp" / "sft")}
     shifts = []
     for record in records:
         raw, calibrated = (record["systems"][name]["logps"] for name in names[1:3])

@@ -37,6 +37,22 @@ BENCHMARKS = ("contest", "scaling", "planning", "gpu")
             "for --task rg alone",
         ),
         ("mine_preferences", "--task sp --review 3", "--review needs judged answers"),
+        (
+            "mine_preferences",
+            "--task sp --sft base --calibrate frequencies",
+            "--calibrate is fitted for the SFT planner",
+        ),
+        ("train_sft", "--task sp --model toy --labels x", "are for --task annotate"),
+        (
+            "train_sft",
+            "--task annotate --model toy --labels x --train-dialogues 2",
+            "no --train-dialogues",
+        ),
+        (
+            "evaluate",
+            "--model toy --systems a=sp:base --judge local --reply-dialogues -1",
+            "--reply-dialogues -1 leaves none",
+        ),
         ("evaluate", "--systems a=rg:out/rg/sft", "should be NAME=sp:ADAPTER"),
         ("evaluate", "--systems a=sp:x,sp:y", "should be NAME=sp:ADAPTER"),
         ("evaluate", "--systems a=sp:base a=sp:gold", "two have the same name"),

@@ -39,7 +39,7 @@ def attach(model, config: SampleConfig) -> dict[str, list[str]]:
             Path(config.out) / module / stage,
             f"train_{stage}.py --task {module} makes one",
         )
-        if cli.use_adapter(config, model, folder, f"{module}-{stage}", otherwise):
+        if cli.use_adapter(config, model, folder, module, otherwise, f"{module}-{stage}"):
             stages[module].append(stage)
     return {module: attached or ["base"] for module, attached in stages.items()}
 

@@ -1,6 +1,5 @@
 """Small charts for the report, as inline SVG made by matplotlib (the extra `report`)."""
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ CALIBRATED = {
     "likelihood": "by likelihood",
     "prior": "prior correction",
 }
-# What a policy equal to the reference has.
-REFERENCE = {"loss": math.log(2), "reward margin": 0, "reward accuracy": 0.5}
+# What a policy equal to the reference has. Its loss is that of step 0, by the objective.
+REFERENCE = {"reward margin": 0, "reward accuracy": 0.5}
 STYLE = {
     "svg.hashsalt": "desc",
     "svg.fonttype": "none",
@@ -233,7 +232,9 @@ def curve_chart(title: str, keys: list[str], records: list[dict]) -> str:
         lines.append(curve(key, records, colour | thin))
         lines.append(curve(f"valid/{key}", records, colour | marked))
     lines = [line for line in lines if line.x]
-    return chart(title, lines, REFERENCE.get(title), xlabel="step") if lines else ""
+    begun = [record["valid/loss"] for record in records if "valid/loss" in record][:1]
+    reference = begun[0] if title == "loss" and begun else REFERENCE.get(title)
+    return chart(title, lines, reference, xlabel="step") if lines else ""
 
 
 def curve(key: str, records: list[dict], style: dict) -> Line:

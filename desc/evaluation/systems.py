@@ -136,28 +136,29 @@ class LoadedModel:
 
     model: torch.nn.Module
     tokenizer: object
-    adapter_names: dict[str, str]  # {an adapter of a System: its name in the model}
+    adapter_names: dict[tuple[str, str], str]  # {(task, adapter): its name in the model}
     calibrations: dict[str, Calibration]  # {a calibrated planner's adapter: how}
     scored: dict  # what plan_scored computed last
 
-    def with_adapter(self, adapter: str):
+    def with_adapter(self, task: str, adapter: str):
         """A context in which the model has this adapter alone."""
-        return adapter_only(self.model, self.adapter_names[adapter])
+        return adapter_only(self.model, self.adapter_names[task, adapter])
 
 
 def load_systems(
     config, model, tokenizer, systems: list[System], strategies: Strategies
 ) -> LoadedModel:
     """Attach the adapter of every system, each once, and fit the calibrations of planners. Raises
-    DescError if a folder holds no adapter, or nothing to fit on."""
-    names = {BASE: ""}
+    DescError if a folder holds no adapter, one of another task, or nothing to fit on."""
+    names = {(task, BASE): "" for tasks in GENERATOR_OF for task in tasks}
     for system in systems:
         for task, adapter in system.adapters().items():
             is_human = task == system.planner and system.plans_as_human
-            if is_human or adapter in names:
+            if is_human or (task, adapter) in names:
                 continue
-            names[adapter] = f"adapter{len(names)}"
-            cli.use_adapter(config, model, Path(adapter), names[adapter])
+            name = f"adapter{len(names)}"
+            cli.use_adapter(config, model, Path(adapter), task, name=name)
+            names[task, adapter] = name
     calibrations = {}
     for system in systems:
         if system.calibrated:
@@ -185,7 +186,7 @@ def plan_strategies(
         gold = gold_strategies([dialogue])
         return Plan([gold] * config.seeds, [], [])
     configs = [replace(config, seed=config.seed + i) for i in range(config.seeds)]
-    with loaded.with_adapter(system.planner_adapter):
+    with loaded.with_adapter(system.planner, system.planner_adapter):
         if config.decode == "scored":
             return plan_scored(system, loaded, configs, dialogue, domain)
         return plan_freely(system.planner, loaded, configs, dialogue, domain)
@@ -196,10 +197,10 @@ def plan_scored(
 ) -> Plan:
     """Strategies drawn from the exact distribution over all names, once by each of `configs`. The
     next system may have the same planner, so what was computed last is kept."""
-    adapter = system.planner_adapter
-    if (adapter, dialogue.id) not in loaded.scored:
+    key = system.planner, system.planner_adapter, dialogue.id
+    if key not in loaded.scored:
         loaded.scored.clear()
-        loaded.scored[adapter, dialogue.id] = score_strategies(
+        loaded.scored[key] = score_strategies(
             loaded.model,
             loaded.tokenizer,
             system.planner,
@@ -208,9 +209,9 @@ def plan_scored(
             configs[0].max_length,
             configs[0].max_tokens,
         )
-    logps = loaded.scored[adapter, dialogue.id]
+    logps = loaded.scored[key]
     if system.calibrated:
-        logps = loaded.calibrations[adapter].apply(logps)
+        logps = loaded.calibrations[system.planner_adapter].apply(logps)
     predicted = [draw_strategies(logps, config, dialogue, domain.strategies) for config in configs]
     return Plan(predicted, logps.tolist(), [])
 
@@ -265,7 +266,7 @@ def answer_dialogue_as(
     elif with_replies and system.generator:
         model, tokenizer = loaded.model, loaded.tokenizer
         planned = list(enumerate(followed))
-        with loaded.with_adapter(system.generator_adapter):
+        with loaded.with_adapter(system.generator, system.generator_adapter):
             replies = write_dialogue(
                 model, tokenizer, config, system.generator, dialogue, planned, domain
             )

@@ -42,8 +42,8 @@ def encode_all(encode: Callable, examples: list, unit: str) -> list[Item]:
 
 
 def drop_equal(items: list[Item], unit: str) -> list[Item]:
-    """The pairs whose answers differ. Equal ones teach nothing, because their loss is ln 2 and
-    their gradient 0 for any model, but a batch's loss would be divided by their number, too.
+    """The pairs whose answers differ. Equal ones teach no preference, because their margin is 0 for
+    any model, but a batch's loss would be divided by their number, too.
 
     Prints how many are left out. Raises DescError if none is left."""
     differing = [item for item in items if item.sequences[0] != item.sequences[1]]

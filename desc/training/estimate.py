@@ -97,9 +97,9 @@ def forwards_in_a_row(step: list[tuple[list[Item], Forest]], ranks: int) -> int:
     return sum(map(max, zip(*hands)))
 
 
-def estimate(model, config, batches: Iterable[list[Item]], passes: int) -> str:
+def estimate(model, config, batches: Iterable[list[Item]], passes: float) -> str:
     """A table of `memory`, and of the tokens of a run over these batches. `passes` counts the
-    forwards in which a forest is read (DPO: 2)."""
+    forwards in which a forest is read, on average over the epochs (DPO in one: 2)."""
     steps = [pack(items, config.share, config.max_tokens, config.estimate) for items in batches]
     forests = [forest for step in steps for _, forest in step]
     sizes = memory(model, config, forests)
@@ -114,7 +114,7 @@ def estimate(model, config, batches: Iterable[list[Item]], passes: int) -> str:
     lines += [
         f"steps                 {len(steps):9,}",
         f"tokens of the run     {nodes:9,}   ({times:.1f} times as many without sharing prefixes)",
-        f"tokens read           {nodes * passes:9,}   forwards; the largest forest has"
+        f"tokens read           {round(nodes * passes):9,}   forwards; the largest forest has"
         f" {largest:,} nodes",
     ]
     if config.estimate > 1:

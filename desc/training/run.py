@@ -293,6 +293,7 @@ def finish(run: Run, model, config: TrainConfig) -> None:
             for file in (run.work / name).iterdir():
                 write_bytes(place / file.name, file.read_bytes())
             save_template(config, place)
+        shutil.rmtree(run.folder / config.keep, ignore_errors=True)  # of a run with another --keep
         write_bytes(run.folder / "metrics.jsonl", (run.work / "metrics.jsonl").read_bytes())
         shutil.rmtree(run.work, ignore_errors=True)
     print(
