@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from contest import machine
 
 from desc import DescError, cli
+from desc.calibration import PLANNED
 from desc.evaluation.figures import load_matplotlib
 from desc.evaluation.systems import BASE, GOLD
 from desc.evaluation.tables import JUDGE_COLUMNS, TEXT_COLUMNS, decimals
@@ -40,6 +41,7 @@ PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + [
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 %, by seeds
 STUDENT_OF_MORE = 2.31  # that of 9 seeds: for more than these it is a little too wide
 LINE = {"system", "seed", "made", "adapters", "evaluation", "calibrate", "first", "scores"}
+CALIBRATED = " calibrated"  # how such a system's name ends (desc/evaluation/systems.py)
 BIASED = ("B", "B expected", "ece")
 COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777", "#e08fb0")
 
@@ -116,13 +118,17 @@ def make_lines(folder: Path) -> list[dict]:
         line |= {"calibrate": facts["calibrate"], "first": next(iter(facts["folders"]))}
         line |= {"machine": machine(computed_in), "scores": row}
         line |= {"frontier": results["frontiers"].get(name)}
+        if name.endswith(CALIBRATED):
+            planned = next(iter(adapters.values()))
+            line["fitted on"] = len(read_lines(Path(planned) / PLANNED)) - 1  # turns
         lines.append(line)
     return lines
 
 
 def way_of_calibration(line: dict) -> str:
-    """How a line's system is calibrated; "" if it is not."""
-    return line["calibrate"] if line["system"].endswith(" calibrated") else ""
+    """How a line's system is calibrated, and on how many turns; "" if it is not."""
+    is_calibrated = line["system"].endswith(CALIBRATED)
+    return f"{line['calibrate']} {line['fitted on']}" if is_calibrated else ""
 
 
 def identity(line: dict) -> str:
@@ -136,6 +142,7 @@ def recipe(made) -> object:
     if not isinstance(made, dict):
         return made
     passing = {"seed", "date", "seconds", "nodes", "steps", "pairs", "desc", "torch", "save_every"}
+    passing |= {"eval_dialogues", "eval_every"}  # a calibration's turns are counted by themselves
     if made.get("task") != "rg":
         passing.add("strategy_at")  # which is for rg alone
     # Lines from before there were these flags have no entry.

@@ -28,7 +28,7 @@ def make_line(
         row["Q difference"] = [difference, difference - half, difference + half]
     made = {"sp": {"flags": {"seed": seed, "lr": lr}, "steps": seed}}
     line = {"system": system, "seed": seed, "adapters": {}, "made": made, "scores": row}
-    line |= {"calibrate": "frequencies", "first": "sft"}
+    line |= {"calibrate": "frequencies", "first": "sft", "fitted on": 271}
     return line | {"evaluation": {"seed": seed, "test dialogues": 130}}
 
 
@@ -122,6 +122,20 @@ def test_lines_are_the_same_experiment_if_seed_adapters_and_evaluation_are():
     one, again, other = (make_line("sft", seed, q) for seed, q in ((0, 1), (0, 2), (1, 1)))
     assert identity(one) == identity(again) != identity(other)
     assert identity(one) != identity(one | {"evaluation": {"temperature": 0.5}})
+
+
+def test_the_lines_of_docs_make_the_tables_of_docs():
+    """Three training seeds of each planner, and every row of the first table as it was printed."""
+    printed = run("benchmarks/experiments.py")
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name in ("sft", "dpo", "law calibrated", "vanilla-dpo"):
+        (row, *_) = [line for line in printed.splitlines() if line.startswith(f"| {name} | 3 |")]
+        assert row.split(" | ")[2:6] == find_row(results, name).split(" | ")[2:6]
+
+
+def find_row(text: str, name: str) -> str:
+    """The first table row of a system."""
+    return next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
 
 
 def test_an_evaluation_is_recorded_once(tmp_path):
