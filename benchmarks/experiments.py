@@ -23,7 +23,7 @@ from contest import machine
 from desc import DescError, cli
 from desc.calibration import PLANNED
 from desc.evaluation.figures import load_matplotlib
-from desc.evaluation.systems import BASE, GOLD
+from desc.evaluation.systems import BASE, CALIBRATED, GOLD
 from desc.evaluation.tables import JUDGE_COLUMNS, TEXT_COLUMNS, decimals
 from desc.flags import flag, parse
 from desc.storage.files import parse as parse_json
@@ -41,7 +41,6 @@ PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + [
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 %, by seeds
 STUDENT_OF_MORE = 2.31  # that of 9 seeds: for more than these it is a little too wide
 LINE = {"system", "seed", "made", "adapters", "evaluation", "calibrate", "first", "scores"}
-CALIBRATED = " calibrated"  # how such a system's name ends (desc/evaluation/systems.py)
 BIASED = ("B", "B expected", "ece")
 COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777", "#e08fb0")
 

@@ -16,13 +16,7 @@ OTHER_TEMPLATE=${OTHER_TEMPLATE:+$(realpath "$OTHER_TEMPLATE")}
 cd "$(dirname "$0")/.."
 made=out/esconv/$seed
 [ -e $made/sp/sft ] || { echo "$0: $made/sp/sft is missing; run runs/reproduce.sh" >&2; exit 2; }
-python=${VENV:-.venv}/bin/python
-# the last file that a step leaves, and the step
-step() { [ -e "$1" ] || "$python" "${@:2}"; }
-# copy FROM TO: a folder, whole or not at all
-copy() {
-  [ -e "$2" ] || { mkdir -p "$2.part" && cp -r "$1/." "$2.part" && mv "$2.part" "$2"; }
-}
+source runs/steps.sh
 out=out/ablations/$seed
 few="--train-dialogues 60"
 # A third of reproduce.sh's steps, so at four times its rate.
@@ -115,4 +109,4 @@ if [ "${OTHER_MODEL:-}" ]; then
   step $other/eval/results.json evaluate.py $data $model $scored --out $other --systems $systems
   records="$records $other/eval"
 fi
-"$python" benchmarks/experiments.py --record $records --file out/ablations/experiments.jsonl
+"${VENV:-.venv}/bin/python" benchmarks/experiments.py --record $records --file out/ablations/experiments.jsonl

@@ -12,12 +12,7 @@ esconv="--data $(realpath "$1") --split-file $(realpath "$2")"
 labels=${LABELS:+$(realpath "$LABELS")}
 cd "$(dirname "$0")/.."
 runs/install.sh
-# the last file that a step leaves, and the step
-step() { [ -e "$1" ] || "${VENV:-.venv}/bin/python" "${@:2}"; }
-# copy FROM TO: a folder, whole or not at all
-copy() {
-  [ -e "$2" ] || { mkdir -p "$2.part" && cp -r "$1/." "$2.part" && mv "$2.part" "$2"; }
-}
+source runs/steps.sh
 many="--train-dialogues ${3:-200}"
 few="--train-dialogues 60" # of what writes replies
 sft="--lr 5e-4 --epochs 1 --dropout 0 --save-every 10"

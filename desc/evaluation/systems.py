@@ -19,6 +19,7 @@ from desc.storage.adapters import adapter_digest
 
 BASE = "base"  # instead of an adapter's folder: the model without an adapter
 GOLD = "gold"  # instead of the planner's folder: the human strategies
+CALIBRATED = " calibrated"  # how the name of a calibrated system ends
 
 # The tasks that a system may have, the planner's first; and which of them writes the replies.
 GENERATOR_OF = {("sp",): None, ("sp", "rg"): "rg", ("vanilla",): "vanilla"}
@@ -85,7 +86,7 @@ def add_calibrated(systems: list[System]) -> list[System]:
     for system in systems:
         both.append(system)
         if system.planner_adapter not in (BASE, GOLD):
-            both.append(replace(system, name=f"{system.name} calibrated", calibrated=True))
+            both.append(replace(system, name=system.name + CALIBRATED, calibrated=True))
     return both
 
 
