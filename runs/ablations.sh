@@ -109,4 +109,5 @@ if [ "${OTHER_MODEL:-}" ]; then
   step $other/eval/results.json evaluate.py $data $model $scored --out $other --systems $systems
   records="$records $other/eval"
 fi
-"${VENV:-.venv}/bin/python" benchmarks/experiments.py --record $records --file out/ablations/experiments.jsonl
+"${VENV:-.venv}/bin/python" benchmarks/experiments.py --record $records \
+    --file out/ablations/experiments.jsonl
