@@ -8,16 +8,8 @@ import pytest
 from scripts import ROOT, run
 
 sys.path.append(str(ROOT / "benchmarks"))
-from experiments import (  # noqa: E402
-    cell,
-    error_table,
-    group_lines,
-    identity,
-    interval_of_mean,
-    print_tables,
-    recipe,
-    table,
-)
+import experiment_tables as tables  # noqa: E402
+from experiments import group_lines, identity, recipe  # noqa: E402
 
 
 def make_line(
@@ -36,17 +28,17 @@ def test_the_interval_over_seeds_and_dialogues_by_hand():
     """Three seeds with 16, 17, 18: standard deviation 1, Student's t 4.30, so 4.30 / √3 = 2.483.
     With half-widths of 1 for the dialogues √(1 + 2.483²) = 2.676."""
     values, limits = [16.0, 17.0, 18.0], [(15.0, 17.0), (16.0, 18.0), (17.0, 19.0)]
-    assert interval_of_mean(values, limits) == pytest.approx((17, 2.6764), abs=1e-4)
-    assert interval_of_mean([16.0], [(15.0, 17.5)]) == (16.25, 1.25)
-    assert interval_of_mean([16.0, 17.0], [None, None]) is None
+    assert tables.interval_of_mean(values, limits) == pytest.approx((17, 2.6764), abs=1e-4)
+    assert tables.interval_of_mean([16.0], [(15.0, 17.5)]) == (16.25, 1.25)
+    assert tables.interval_of_mean([16.0, 17.0], [None, None]) is None
 
 
 def test_b_shows_the_ends_of_its_interval():
     """Its estimate is biased, so it does not stand in the middle."""
     line = make_line("sft", 0, 16)
     line["scores"] = {"B": 0.2, "B interval": [0.05, 0.25], "B difference": [0.1, -0.05, 0.2]}
-    assert cell([line], "B") == "0.200 (0.050 … 0.250)*"
-    assert cell([line], "B", difference=True) == "+0.100 (−0.050 … +0.200)*"
+    assert tables.cell([line], "B") == "0.200 (0.050 … 0.250)*"
+    assert tables.cell([line], "B", difference=True) == "+0.100 (−0.050 … +0.200)*"
 
 
 def test_a_table_has_a_line_for_each_system():
@@ -54,12 +46,12 @@ def test_a_table_has_a_line_for_each_system():
     lines += [make_line("dpo", 0, 15.0, 1, difference=-1.0)]
     (groups,) = group_lines(lines).values()
     assert [len(group) for group in groups.values()] == [3, 1]
-    assert table(groups, ("Q", "B")).splitlines()[2:] == [
+    assert tables.table(groups, ("Q", "B")).splitlines()[2:] == [
         "| sft | 3 | 17.0 ± 2.7 |",  # no column B: no system has it
         "| dpo | 1 | 15.0 ± 1.0* |",
     ]
-    assert cell(groups["dpo"], "Q", difference=True) == "−1.0 ± 1.0*"
-    assert table(groups, ("B",)) == ""
+    assert tables.cell(groups["dpo"], "Q", difference=True) == "−1.0 ± 1.0*"
+    assert tables.table(groups, ("B",)) == ""
 
 
 def test_errors_are_in_percent_of_what_was_annotated():
@@ -68,11 +60,33 @@ def test_errors_are_in_percent_of_what_was_annotated():
     lines[0]["scores"]["errors"] = {"none": 3, "template response": 1}
     lines[1]["scores"]["errors"] = {"none": 1, "emotion misread": 1}
     (groups,) = group_lines([*lines, make_line("dpo", 0, 15)]).values()
-    assert error_table(groups).splitlines()[0] == (
+    assert tables.error_table(groups).splitlines()[0] == (
         "| system | emotion misread | none | template response |"
     )
-    assert error_table(groups).splitlines()[2:] == ["| sft | 25.0 | 62.5 | 12.5 |"]
-    assert error_table({"dpo": groups["dpo"]}) == ""
+    assert tables.error_table(groups).splitlines()[2:] == ["| sft | 25.0 | 62.5 | 12.5 |"]
+    assert tables.error_table({"dpo": groups["dpo"]}) == ""
+
+
+def test_q_and_b_by_way_to_calibrate():
+    """The means of two seeds by hand, at the temperature of the evaluation and at 1. There is no
+    row for a temperature at which no point lies, and none for a planner without a frontier."""
+    lines = [make_line("sft", seed, 16) for seed in (0, 1)]
+    for line, q in zip(lines, (16.0, 17.0)):
+        line["evaluation"] |= {"temperature": 0.7}
+        points = [{"T": 0.7, "Q": q, "B": q / 100}, {"T": 1.0, "Q": q - 2, "B": 0.1}]
+        line["frontier"] = {"none": points, "frequencies": points[:1]}
+    other = make_line("written", 0, 16) | {"evaluation": lines[0]["evaluation"], "frontier": None}
+    (groups,) = group_lines([*lines, other]).values()
+    assert tables.ways_table(groups).splitlines() == [
+        "| system | T | none | frequencies | likelihood | prior |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| sft | 0.7 | 16.5, 0.165 | 16.5, 0.165 |  |  |",
+        "| sft | 1 | 14.5, 0.100 |  |  |  |",
+    ]
+    for line in lines:
+        line["evaluation"]["temperature"] = 0.42
+    assert len(tables.ways_table(groups).splitlines()) == 3
+    assert tables.ways_table({"written": groups["written"]}) == ""
 
 
 def test_what_makes_two_lines_one_system():
@@ -94,7 +108,7 @@ def test_what_makes_two_lines_one_system():
 def test_differences_are_to_one_system(capsys):
     lines = [make_line("law", 0, 16, difference=2), make_line("law", 1, 16, difference=4)]
     lines[1]["first"] = "vanilla"
-    print_tables("here", next(iter(group_lines(lines).values())))
+    tables.print_tables("here", next(iter(group_lines(lines).values())))
     to_sft, to_vanilla = capsys.readouterr().out.split("Differences to ")[1:]
     assert to_sft.startswith("sft\n") and "| law | 1 | +2.0 ± 1.0* |" in to_sft
     assert to_vanilla.startswith("vanilla\n") and "| law | 1 | +4.0 ± 1.0* |" in to_vanilla
@@ -103,9 +117,9 @@ def test_differences_are_to_one_system(capsys):
 def test_another_recipe_is_another_system_and_another_evaluation_another_table():
     lines = [make_line("sft", 0, 16), make_line("sft", 0, 18, lr=5e-4), make_line("sft", 1, 17)]
     forty = {"seed": 0, "test dialogues": 40}
-    tables = group_lines([*lines, make_line("sft", 2, 15) | {"evaluation": forty}])
-    assert list(tables) == ["test dialogues 130", "test dialogues 40"]
-    sizes = [{name: len(group) for name, group in groups.items()} for groups in tables.values()]
+    found = group_lines([*lines, make_line("sft", 2, 15) | {"evaluation": forty}])
+    assert list(found) == ["test dialogues 130", "test dialogues 40"]
+    sizes = [{name: len(group) for name, group in groups.items()} for groups in found.values()]
     assert sizes == [{"sft": 2, "sft (2)": 1}, {"sft": 1}]
 
 
