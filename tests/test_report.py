@@ -12,14 +12,8 @@ import pytest
 from desc import DescError
 from desc.domain import Strategies
 from desc.esconv import Dialogue, Turn
-from desc.evaluation.scores import (
-    bootstrap_scores,
-    count_predictions,
-    frequency_row,
-    score_predictions,
-    score_verdicts,
-    summarise,
-)
+from desc.evaluation.counts import count_predictions, score_predictions, score_verdicts
+from desc.evaluation.scores import bootstrap_scores, frequency_row, summarise
 from desc.evaluation.systems import System, find_systems
 from desc.evaluation.tables import tables
 from desc.judging.judge import RUBRICS
