@@ -37,12 +37,18 @@ def dpo_loss(
 
 
 def self_mined_optimum(
-    people: torch.Tensor, reference: torch.Tensor, beta: float, temperature: float = 1.0
+    people: torch.Tensor,
+    reference: torch.Tensor,
+    beta: float,
+    temperature: float = 1.0,
+    miner: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What DPO aims at if chosen answers are people's, drawn from p, and rejected answers are the
     reference's own, drawn from q at `temperature` T. All (…, K), probabilities of K answers:
 
         π* ∝ q^(1 − 1/(βT)) · p^(1/β)
+
+    If the rejected answers are another model's, the `miner`'s m, then π* ∝ q · (p / m_T)^(1/β).
 
     Why: of answers a and b, p(a) q_T(b) is how often a is chosen over b, with q_T ∝ q^(1/T). The
     loss is least where σ(r(a) − r(b)) is a's share of p(a) q_T(b) + p(b) q_T(a), so r = log p −
@@ -51,7 +57,8 @@ def self_mined_optimum(
 
     top_p must be 1. An answer that it cuts off is never rejected, so no finite reward suffices."""
     log_p, log_q = people.log(), reference.log()
-    return ((1 - 1 / (beta * temperature)) * log_q + log_p / beta).softmax(-1)
+    log_m = log_q if miner is None else miner.log()
+    return (log_q + (log_p - log_m / temperature) / beta).softmax(-1)
 
 
 def ipo_loss(

@@ -100,7 +100,7 @@ if [ "${OTHER_MODEL:-}" ]; then
   step $other/sp/sft/metrics.jsonl train_sft.py $sp $model --out $other $few --lr 5e-4 --epochs 1 \
       --dropout 0
   step $other/sp/config.json mine_preferences.py $sp $model --out $other $few
-  systems="sft=sp:$other/sp/sft"
+  systems="other-sft=sp:$other/sp/sft"
   for pairs in other drawn; do # its own, and SmolLM2's
     step $other/on-$pairs/sp/dpo/metrics.jsonl train_dpo.py $sp $model --out $other/on-$pairs \
         --sft $other/sp/sft --pairs $out/$pairs/sp --dropout 0 $dpo

@@ -156,10 +156,10 @@ def test_dpo_stays_finite_where_the_margin_is_huge():
 # --- what DPO of self-mined pairs aims at ---------------------------------------------------------
 
 
-def train_table(people, reference, beta, temperature):
+def train_table(people, reference, beta, temperature, miner):
     """A table of answers' log-probabilities, trained to convergence on all ordered pairs (a, b): a
-    is chosen as often as people's p says, b rejected as often as the reference is drawn."""
-    drawn = (reference.log() / temperature).softmax(-1)
+    is chosen as often as people's p says, b rejected as often as the miner is drawn."""
+    drawn = (miner.log() / temperature).softmax(-1)
     weights = people[:, None] * drawn[None, :]
     logits = reference.log().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -178,17 +178,26 @@ def train_table(people, reference, beta, temperature):
     return logits.detach().softmax(-1)
 
 
-def two_tables(count=8):
-    return torch.randn(2, count, dtype=torch.float64).softmax(-1)
+def random_tables(number):
+    return torch.randn(number, 8, dtype=torch.float64).softmax(-1)
 
 
 @pytest.mark.parametrize("beta", [0.2, 0.5, 1, 2])
 @pytest.mark.parametrize("temperature", [0.7, 1, 1.4])
 def test_dpo_of_self_mined_pairs_ends_at_the_optimum(beta, temperature):
-    people, reference = two_tables()
-    trained = train_table(people, reference, beta, temperature)
+    people, reference = random_tables(2)
+    trained = train_table(people, reference, beta, temperature, miner=reference)
     expected = self_mined_optimum(people, reference, beta, temperature)
     assert (expected - reference).abs().max() > 0.05
+    torch.testing.assert_close(trained, expected, atol=1e-3, rtol=0)
+
+
+def test_pairs_that_another_model_mined_aim_elsewhere():
+    """At beta = T = 1, where a model's own pairs aim at people, another's do not."""
+    people, reference, miner = random_tables(3)
+    trained = train_table(people, reference, 1, 1, miner)
+    expected = self_mined_optimum(people, reference, 1, 1, miner)
+    assert (expected - people).abs().max() > 0.05
     torch.testing.assert_close(trained, expected, atol=1e-3, rtol=0)
 
 
@@ -200,7 +209,7 @@ def test_the_optimum_by_hand():
 
 
 def test_the_reference_cancels_if_beta_times_temperature_is_1():
-    people, reference = two_tables()
+    people, reference = random_tables(2)
     for beta, temperature in ((1, 1), (0.5, 2), (2, 0.5)):
         optimum = self_mined_optimum(people, reference, beta, temperature)
         torch.testing.assert_close(optimum, (people.log() / beta).softmax(-1))
