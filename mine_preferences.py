@@ -184,7 +184,7 @@ def journal_settings_of(config: MineConfig, modules: tuple[str, ...]) -> dict:
 def write_preferences(config: MineConfig, ending: str, answered, domain: Domain) -> None:
     """Write the pairs and the unpaired answers that the answers of one split make, (dialogue,
     answers) each, and say what came of them. `ending` is that of the files' names."""
-    settings = (domain, config.min_confidence, config.strategy_at)
+    settings = (domain, config.min_confidence, config.layout)
     routed = route(config.task, config.routing, answered, *settings)
     unpaired = label(config.task, config.routing, answered, *settings)
     files = config.folder / f"pairs{ending}", config.folder / f"unpaired{ending}"

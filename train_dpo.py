@@ -17,7 +17,7 @@ Defaults are the paper's (β 0.5 for sp, 0.2 for rg, 1 epoch); it leaves open β
 here) and the rate (5e-6 here). Writes OUT/TASK/dpo/: one adapter, both stacked, that fits the
 untouched base model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,7 @@ from desc.flags import MANY, TrainConfig, flag, parse
 from desc.forward import sequence_logps
 from desc.lora import adapter_off, add_adapter, train_adapters
 from desc.pairs import Pair, Unpaired, encode_pair, encode_unpaired, read_pairs, read_unpaired
+from desc.prompts import DEFAULT_LAYOUT
 from desc.storage.adapters import adapter_digest
 from desc.storage.checkpoint import checkpoint_settings
 from desc.training.batches import (
@@ -144,7 +145,7 @@ def find_pairs(config: DPOConfig) -> tuple[Path, Path]:
         folder = shipped
     made_with = cli.read_config(folder)
     if folder == shipped:
-        made_with = {"task": config.task, "strategy_at": "turn"}
+        made_with = {"task": config.task} | asdict(DEFAULT_LAYOUT)
         if config.objective == "kto":
             raise DescError(f"the shipped pairs are not for kto: {mine_first}")
     cli.refuse_other_prompts(config, folder, made_with)

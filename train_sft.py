@@ -81,7 +81,7 @@ def find_examples(
         train = first(splits["train"], config.train_dialogues)
         valid = first(splits["valid"], config.eval_dialogues)
         return tuple(
-            build_examples(config.task, part, domain, config.strategy_at) for part in (train, valid)
+            build_examples(config.task, part, domain, config.layout) for part in (train, valid)
         )
     if not config.labels:
         raise DescError("--task annotate learns from labelled turns: give --labels FILE")

@@ -54,7 +54,7 @@ def generator_items(tokenizer, config, dialogue: Dialogue, domain) -> list[Item]
     for turn, gold in enumerate(dialogue.supporter_turns()):
         sequences = []
         for strategy in domain.strategies:
-            messages = build_messages("rg", dialogue, turn, strategy, domain, config.strategy_at)
+            messages = build_messages("rg", dialogue, turn, strategy, domain, config.layout)
             name = f"{dialogue.id}/{turn}"
             item = encode(
                 tokenizer,

@@ -32,7 +32,7 @@ BETA = 0.5
 def make_pairs(config, dialogues: list[Dialogue]) -> list[Pair]:
     """The human answer and, for sp, a wrong strategy, else what was said at another turn."""
     domain, draw = config.read_domain(), random.Random(config.seed)
-    examples = build_examples(config.task, dialogues, domain, config.strategy_at)
+    examples = build_examples(config.task, dialogues, domain, config.layout)
     pairs = []
     for e in examples:
         others = (

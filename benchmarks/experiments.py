@@ -124,9 +124,11 @@ def recipe(made) -> object:
     passing |= {"eval_dialogues", "eval_every"}  # a calibration's turns are counted by themselves
     if made.get("task") != "rg":
         passing.add("strategy_at")  # which is for rg alone
+    if made.get("task") != "sp":
+        passing.add("history")  # which is for sp alone
     # Lines from before there were these flags have no entry.
     newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0, "exact": False}
-    newer |= {"sft": "adapter"}  # the mining's
+    newer |= {"history": "text", "sft": "adapter"}  # the latter is the mining's
     kept = {name: value for name, value in made.items() if name not in passing}
     for name, default in newer.items():
         if kept.get(name) == default:

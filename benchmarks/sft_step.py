@@ -22,7 +22,7 @@ from desc.tree import Forest
 
 
 def make_turns(config, dialogues: list[Dialogue]) -> list[Example]:
-    return build_examples(config.task, dialogues, config.read_domain(), config.strategy_at)
+    return build_examples(config.task, dialogues, config.read_domain(), config.layout)
 
 
 def encode_turns(config, turns: list[Example]) -> list[Item]:

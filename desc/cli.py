@@ -122,8 +122,8 @@ def use_adapter(
     frozen. Returns whether there is one. Prints which adapter is used, or what happens `otherwise`.
 
     Raises DescError if there is none and `otherwise` is None, or if it was trained for another
-    task, on another base, for another domain, with the strategy in another place, or with another
-    chat template."""
+    task, on another base, for another domain, with another layout of prompts, or with another chat
+    template."""
     if has_adapter(folder):
         made_with = read_config(folder)
         if made_with.get("task", task) != task:
@@ -150,9 +150,9 @@ def read_config(folder: Path) -> dict:
 def refuse_other_prompts(config: Config, folder: Path, made_with: dict) -> None:
     """Raises DescError if what lies in `folder` was made for prompts that the flags do not make.
 
-    They differ if the module reads another domain, or if it is rg and has the strategy in another
-    place than --strategy-at. Before these flags the domain was ESConv's, and the strategy stood in
-    the system message."""
+    They differ if the module reads another domain, if it is rg and has the strategy in another
+    place than --strategy-at, or if it is sp and has another --history. Before these flags the
+    domain was ESConv's, the strategy stood in the system message, and the history was one text."""
     module = made_with.get("task")
     if made_with.get("strategies"):
         raise DescError(
@@ -168,11 +168,11 @@ def refuse_other_prompts(config: Config, folder: Path, made_with: dict) -> None:
             raise DescError(
                 f"{folder}: was made for another domain than {config.domain or 'ESConv'}; {advice}"
             )
-    place = made_with.get("strategy_at", "system")
-    if made_with.get("task") == "rg" and place != config.strategy_at:
-        raise DescError(
-            f"{folder}: was made with --strategy-at {place}; give that flag, or make it again"
-        )
+    for task, flag, before in (("rg", "strategy_at", "system"), ("sp", "history", "text")):
+        made = made_with.get(flag, before)
+        if module == task and made != getattr(config.layout, flag):
+            given = f"--{flag.replace('_', '-')} {made}"
+            raise DescError(f"{folder}: was made with {given}; give that flag, or make it again")
 
 
 def refuse_other_template(config: Config, folder: Path, made_with: dict) -> None:

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from desc import DescError
 from desc.calibration import WAYS
 from desc.domain import Domain, read_domain
-from desc.prompts import STRATEGY_PLACES, TASKS
+from desc.prompts import HISTORIES, STRATEGY_PLACES, TASKS, Layout
 from desc.templates import digest_template, read_template
 from desc.tree import SHARING
 
@@ -71,6 +71,11 @@ class Config:
         "where rg is told its strategy: at the end of the last message, so that all strategies of a"
         " turn share what comes before, or in the system message, as in the paper's release",
     )
+    history: Literal[HISTORIES] = flag(
+        "text",
+        "how sp reads what was said: as one text, as in the paper's release, or as the chat's own"
+        " messages, each answer after its strategy",
+    )
     date: str = flag(
         "auto",
         "what the model's chat template takes for today if it tells the date; auto is the day on"
@@ -81,6 +86,10 @@ class Config:
         "a Jinja file to use instead of the model's own chat template, as vLLM's flag; a base model"
         " has none",
     )
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.strategy_at, self.history)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -322,7 +331,7 @@ def training_settings(config: TrainConfig) -> dict:
     free |= {"eval_every", "save_every"}
     settings = {name: value for name, value in asdict(config).items() if name not in free}
     # No entry, as in the checkpoints before there were these flags, is the default.
-    newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0}
+    newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0, "history": "text"}
     settings |= {name: None for name, value in newer.items() if settings.get(name) == value}
     # What the module reads of a domain, by its digest, instead of the file's place. No entry, as in
     # the checkpoints before --domain, is ESConv's.

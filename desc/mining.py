@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from desc.domain import NO_ERROR, UNJUDGED, UNREADABLE, Domain
 from desc.esconv import Dialogue, Turn
 from desc.pairs import Pair, Unpaired
-from desc.prompts import build_completion, build_messages
+from desc.prompts import DEFAULT_LAYOUT, Layout, build_completion, build_messages
 
 MISMATCH = "strategy mismatch"  # as released: another strategy than the human's
 TEMPLATE = "template response"
@@ -194,7 +194,7 @@ def route(
     dialogues: Iterable[tuple[Dialogue, list[Answer]]],
     domain: Domain,
     least_confidence: float = 0.0,
-    strategy_at: str = "turn",
+    layout: Layout = DEFAULT_LAYOUT,
 ) -> Routed:
     """The pairs that dialogues' answers make: chosen is the human answer, rejected the modules'.
 
@@ -224,7 +224,7 @@ def route(
             elif pairs_of_turn[turn]:
                 name += f"/{pairs_of_turn[turn]}"
             pairs_of_turn[turn] += 1
-            prompt = build_messages(task, dialogue, turn, gold.strategy, domain, strategy_at)
+            prompt = build_messages(task, dialogue, turn, gold.strategy, domain, layout)
             chosen = build_completion(task, gold.strategy, gold.text)
             facts = name, task, dialogue.id, turn, gold.strategy, error
             routed.pairs.append(Pair(*facts, prompt, chosen, rejected, answer.weight))
@@ -238,7 +238,7 @@ def label(
     dialogues: Iterable[tuple[Dialogue, list[Answer]]],
     domain: Domain,
     least_confidence: float = 0.0,
-    strategy_at: str = "turn",
+    layout: Layout = DEFAULT_LAYOUT,
 ) -> list[Unpaired]:
     """The answers of dialogues without pairs, for KTO. Desirable are each turn's human answer, if
     it is sound, and the answers in which the annotator finds nothing wrong. Not desirable are those
@@ -267,7 +267,7 @@ def label(
                 seen.add(same)
                 name = f"{task}/{dialogue.id}/{turn}/{answers_of_turn[turn]}"
                 answers_of_turn[turn] += 1
-                prompt = build_messages(task, dialogue, turn, strategy, domain, strategy_at)
+                prompt = build_messages(task, dialogue, turn, strategy, domain, layout)
                 facts = name, task, dialogue.id, turn, strategy, error
                 labelled.append(Unpaired(*facts, prompt, completion, not error, weight))
     return labelled

@@ -15,6 +15,9 @@ TASKS = ("sp", "rg", "vanilla")
 # Where rg is told its strategy: in the last message, so that all of them share what comes before,
 # or in the system message, as in the paper's release.
 STRATEGY_PLACES = ("turn", "system")
+# How sp reads what was said: as one text, as in the paper's release, or as the chat's own messages,
+# each answer after its strategy, as vanilla reads it.
+HISTORIES = ("text", "messages")
 Messages = list[dict[str, str]]  # [{"role": "system" | "user" | "assistant", "content": …}, …]
 
 RESPONDER = (
@@ -35,6 +38,17 @@ LINE_ENDS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # where str.splitlines ends a 
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How prompts are laid out, where there is more than one way."""
+
+    strategy_at: str = "turn"  # of rg: one of STRATEGY_PLACES
+    history: str = "text"  # of sp: one of HISTORIES
+
+
+DEFAULT_LAYOUT = Layout()
+
+
+@dataclass(frozen=True)
 class Example:
     """One supporter turn as a module is trained on it."""
 
@@ -50,21 +64,16 @@ def build_messages(
     turn: int,
     strategy: str | None = None,
     domain: Domain = ESCONV,
-    strategy_at: str = "turn",
+    layout: Layout = DEFAULT_LAYOUT,
 ) -> Messages:
     """What the module of `task` reads before supporter turn `turn`, with the human history.
-    `strategy` is for rg alone, and so is where it stands, `strategy_at` (STRATEGY_PLACES)."""
+    `strategy` is for rg alone."""
     history = dialogue.history(turn)
     names = ", ".join(domain.strategies)
+    at_turn = task == "rg" and layout.strategy_at == "turn"
     if task == "sp":
-        render = partial(_unlike_a_turn, speakers=domain.speakers)
-        flat = flatten(history, domain.speakers, render)
-        return [
-            {"role": "system", "content": domain.planner.replace("{names}", names)},
-            {"role": "user", "content": flat},
-        ]
-    at_turn = task == "rg" and strategy_at == "turn"
-    if at_turn:
+        system = domain.planner.replace("{names}", names)
+    elif at_turn:
         system = RESPONDER_AT_TURN.format(responder=domain.responder, names=names)
     elif task == "rg":
         system = RESPONDER.format(responder=domain.responder, names=names, strategy=strategy)
@@ -72,11 +81,16 @@ def build_messages(
         tags = ", ".join(f"[{name}]" for name in domain.strategies)
         system = VANILLA.format(responder=domain.responder, names=tags)
     messages = [{"role": "system", "content": system}]
+    if task == "sp" and layout.history == "text":
+        render = partial(_unlike_a_turn, speakers=domain.speakers)
+        flat = flatten(history, domain.speakers, render)
+        return [*messages, {"role": "user", "content": flat}]
+    wrote = "rg" if task == "rg" else "vanilla"  # as whom the module reads earlier answers
     for past in history:
         if past.speaker == "seeker":
             messages.append({"role": "user", "content": past.text})
         else:
-            text = build_completion(task, past.strategy, past.text)
+            text = build_completion(wrote, past.strategy, past.text)
             messages.append({"role": "assistant", "content": text})
     if at_turn:
         messages[-1]["content"] += AT_TURN.format(strategy=strategy)
@@ -104,13 +118,13 @@ def build_completion(task: str, strategy: str, reply: str) -> str:
 
 
 def build_examples(
-    task: str, dialogues: list[Dialogue], domain: Domain = ESCONV, strategy_at: str = "turn"
+    task: str, dialogues: list[Dialogue], domain: Domain = ESCONV, layout: Layout = DEFAULT_LAYOUT
 ) -> list[Example]:
     """Every supporter turn of every dialogue, with the human answer as its completion."""
     examples = []
     for dialogue in dialogues:
         for turn, gold in enumerate(dialogue.supporter_turns()):
-            messages = build_messages(task, dialogue, turn, gold.strategy, domain, strategy_at)
+            messages = build_messages(task, dialogue, turn, gold.strategy, domain, layout)
             completion = build_completion(task, gold.strategy, gold.text)
             examples.append(Example(dialogue.id, turn, messages, completion))
     return examples

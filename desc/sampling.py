@@ -124,7 +124,7 @@ def write_dialogue(
     """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history:
     one sampled text each.
 
-    - rg reads the strategy where config.strategy_at says.
+    - sp and rg read the history and the strategy where config.layout says.
     - vanilla's answer opens with it as the tag "[strategy]", which is not repeated in the result.
     - None leaves the whole answer to vanilla or sp (free decoding).
 
@@ -133,7 +133,7 @@ def write_dialogue(
         return []
     prompts, room = [], config.max_length - config.max_new_tokens
     for turn, strategy in planned:
-        messages = build_messages(task, dialogue, turn, strategy, domain, config.strategy_at)
+        messages = build_messages(task, dialogue, turn, strategy, domain, config.layout)
         tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
         name = f"{dialogue.id}/{turn}"
         item = encode(

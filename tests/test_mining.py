@@ -23,6 +23,7 @@ from desc.mining import (
     route,
 )
 from desc.pairs import Pair, Unpaired, add_mismatched, encode_unpaired, read_pairs, read_unpaired
+from desc.prompts import Layout
 from desc.storage.files import write_lines
 
 GOLD = Turn("supporter", "How are you?", "Question")
@@ -226,7 +227,8 @@ def test_human_and_sound_answers_are_desirable_and_those_of_pairs_are_not():
     assert labelled("rg", "paper", answers, least_confidence=0.81) == human
     # each prompt names the strategy that its answer follows
     for place, message in (("system", 0), ("turn", -1)):
-        answers_of_rg = label("rg", "paper", [(DIALOGUE, answers)], ESCONV, strategy_at=place)
+        layout = Layout(strategy_at=place)
+        answers_of_rg = label("rg", "paper", [(DIALOGUE, answers)], ESCONV, layout=layout)
         for answer in answers_of_rg:
             assert f": {answer.strategy}" in answer.prompt[message]["content"][-40:]
 

@@ -12,7 +12,9 @@ import pytest
 from desc import prompts
 from desc.domain import ESCONV, Strategies
 from desc.esconv import Dialogue, Turn, flatten
-from desc.prompts import TASKS, build_completion, build_examples, build_messages
+from desc.prompts import TASKS, Layout, build_completion, build_examples, build_messages
+
+IN_SYSTEM = Layout(strategy_at="system")
 
 drop_oldest = partial(prompts.drop_oldest, speakers=ESCONV.speakers)
 TINY = Dialogue(
@@ -57,7 +59,7 @@ def test_planner_reads_one_flat_message_without_strategies():
 
 
 def test_generator_reads_a_chat_without_tags_and_its_strategy_in_the_system_message():
-    messages = build_messages("rg", TINY, 2, "Information", strategy_at="system")
+    messages = build_messages("rg", TINY, 2, "Information", layout=IN_SYSTEM)
     assert roles(messages) == ["system", "user", "assistant", "user", "assistant", "user"]
     texts = [
         "I lost my job.\nIt was on Monday.",
@@ -69,6 +71,15 @@ def test_generator_reads_a_chat_without_tags_and_its_strategy_in_the_system_mess
     assert contents(messages)[1:] == texts
     assert ", ".join(ESCONV.strategies) in messages[0]["content"]
     assert messages[0]["content"].endswith("Your current strategy is: Information")
+
+
+def test_planner_reads_a_chat_as_vanilla_does():
+    """With --history messages; it is instructed as it is with one text."""
+    for turn in range(3):
+        messages = build_messages("sp", TINY, turn, layout=Layout(history="messages"))
+        assert messages[0] == build_messages("sp", TINY, turn)[0]
+        assert messages[1:] == build_messages("vanilla", TINY, turn)[1:]
+    assert messages[2]["content"] == "[Question] Which job was it?"
 
 
 def test_vanilla_reads_a_chat_that_keeps_the_tags():
@@ -300,7 +311,7 @@ def test_the_strategy_stands_in_the_last_message():
     """Then all strategies of a turn share everything before it. The other tasks know no such
     place."""
     at_turn = [build_messages("rg", TINY, 2, strategy) for strategy in ("Question", "Others")]
-    in_system = build_messages("rg", TINY, 2, "Question", strategy_at="system")
+    in_system = build_messages("rg", TINY, 2, "Question", layout=IN_SYSTEM)
     assert at_turn[0][:-1] == at_turn[1][:-1]
     assert at_turn[0][-1]["content"] == (
         in_system[-1]["content"] + "\n\n(Strategy of your reply: Question)"
@@ -309,5 +320,5 @@ def test_the_strategy_stands_in_the_last_message():
     assert "current strategy" not in at_turn[0][0]["content"]
     assert "Providing Suggestions" in at_turn[0][0]["content"]
     for task in ("sp", "vanilla"):
-        in_system = build_messages(task, TINY, 1, strategy_at="system")
+        in_system = build_messages(task, TINY, 1, layout=IN_SYSTEM)
         assert build_messages(task, TINY, 1) == in_system

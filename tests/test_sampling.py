@@ -11,11 +11,11 @@ from architectures import KINDS, build, configure
 from desc import attention, sampling
 from desc.domain import ESCONV
 from desc.encoding import encode
-from desc.prompts import build_messages
+from desc.prompts import Layout, build_messages
 from desc.sampling import draw_strategies, generate, score_strategies, temper, write_dialogue
 
 CONFIG = SimpleNamespace(
-    strategy_at="system",
+    layout=Layout(strategy_at="system"),
     seed=0,
     temperature=0.7,
     top_p=0.95,

@@ -213,6 +213,40 @@ def test_an_artefact_with_the_strategy_in_another_place_is_refused(made_with, gi
         cli.refuse_other_prompts(config, Path("out/rg/sft"), made_with)
 
 
+@pytest.mark.parametrize(
+    "made_with, given, refused",
+    [
+        ({"task": "sp", "history": "messages"}, "text", True),
+        ({"task": "sp", "history": "messages"}, "messages", False),
+        ({"task": "sp"}, "messages", True),  # made before there was the flag
+        ({"task": "sp"}, "text", False),
+        ({"task": "vanilla", "history": "text"}, "messages", False),
+        ({}, "messages", False),  # an adapter that others made
+    ],
+)
+def test_an_artefact_with_another_history_is_refused(made_with, given, refused):
+    config = flags.Config(history=given)
+    with pytest.raises(DescError, match="was made with --history") if refused else nullcontext():
+        cli.refuse_other_prompts(config, Path("out/sp/sft"), made_with)
+
+
+def test_a_planner_that_reads_messages(tmp_path):
+    """Every program takes --history, and refuses what was made with the other one."""
+    flags_of_all = ("--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
+    common = ("--task", "sp", *flags_of_all)
+    train = ("train_dpo.py", *common, "--sft", "base", "--history", "messages")
+    assert "sp: was made with --history text; give that flag" in run(*train, fails=True)
+    common += ("--history", "messages")
+    run("train_sft.py", *common, "--train-dialogues", 2, "--epochs", 1)
+    run("mine_preferences.py", *common, "--train-dialogues", 2)
+    roles = [message["role"] for message in lines(tmp_path / "sp" / "pairs.jsonl")[-1]["prompt"]]
+    assert roles[0] == "system" and roles[1:4] == ["user", "assistant", "user"]
+    run("train_dpo.py", *common)
+    evaluate = ("evaluate.py", *flags_of_all, "--systems", f"dpo=sp:{tmp_path}/sp/dpo")
+    assert "sp/dpo: was made with --history messages" in run(*evaluate, fails=True)
+    assert "| dpo | " in run(*evaluate, "--history", "messages")
+
+
 def test_the_shipped_pairs_have_their_strategy_in_the_last_message(tmp_path):
     for pair in lines(ROOT / "desc" / "data" / "rg" / "pairs.jsonl"):
         assert pair["prompt"][-1]["content"].endswith(

@@ -69,7 +69,7 @@ class Chat:
         """What a module reads at the end of the dialogue, which is the seeker's message. Raises
         DescError if that message alone is too long."""
         messages = build_messages(
-            task, dialogue, len(dialogue), strategy, self.domain, self.config.strategy_at
+            task, dialogue, len(dialogue), strategy, self.domain, self.config.layout
         )
         item = encode(
             self.tokenizer,

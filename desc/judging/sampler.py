@@ -47,7 +47,7 @@ class EndpointSampler:
         config = self.config
         harmless = break_marks(dialogue)
         conversations = [
-            build_messages(task, harmless, turn, strategy, self.domain, config.strategy_at)
+            build_messages(task, harmless, turn, strategy, self.domain, config.layout)
             for turn, strategy in planned
         ]
         completions = self.endpoint.ask_all(
