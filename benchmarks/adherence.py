@@ -74,7 +74,7 @@ def tagged_items(tokenizer, config, dialogue: Dialogue, replies: list[str], doma
     """Every supporter turn with its reply behind each strategy's tag, K sequences each."""
     items = []
     for turn, reply in enumerate(replies):
-        messages = build_messages("vanilla", dialogue, turn, domain=domain)
+        messages = build_messages("vanilla", dialogue, turn, None, domain, config.layout)
         tagged = [f"[{strategy}] {reply}" for strategy in domain.strategies]
         item = encode(
             tokenizer,
@@ -132,9 +132,7 @@ def main():
     print_row("people's, by the generator", torch.cat(rows), even, told)
 
     with adapter_only(model, "vanilla"):
-        before = score_strategies(
-            model, tokenizer, "vanilla", test, domain, config.max_length, config.max_tokens
-        )
+        before = score_strategies(model, tokenizer, "vanilla", test, domain, config)
     for what, names, index in (
         ("people's, by vanilla", None, told),
         ("under people's strategy, by vanilla", gold, told),

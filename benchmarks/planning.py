@@ -40,12 +40,9 @@ def main():
     cli.use_adapter(config, model, Path(config.out) / "sp" / "sft", "sp", "the base model plans")
 
     # warm
-    score_strategies(model, tokenizer, "sp", test[:1], domain, config.max_length, config.max_tokens)
+    score_strategies(model, tokenizer, "sp", test[:1], domain, config)
     begin = now()
-    rows = [
-        score_strategies(model, tokenizer, "sp", [d], domain, config.max_length, config.max_tokens)
-        for d in tqdm(test)
-    ]
+    rows = [score_strategies(model, tokenizer, "sp", [d], domain, config) for d in tqdm(test)]
     exact = now() - begin
     likeliest = [strategies[i] for i in torch.cat(rows).argmax(-1).tolist()]
 
@@ -54,7 +51,11 @@ def main():
     begin, same = now(), 0
     for i in tqdm(some):
         prompt = torch.tensor(
-            [encode_prompt(tokenizer, build_messages("sp", *places[i], domain=domain))],
+            [
+                encode_prompt(
+                    tokenizer, build_messages("sp", *places[i], None, domain, config.layout)
+                )
+            ],
             device=model.device,
         )
         with torch.no_grad():

@@ -29,41 +29,34 @@ def seeded(*parts) -> torch.Generator:
 
 
 def strategy_items(
-    tokenizer, task: str, dialogues: list[Dialogue], domain: Domain, max_length: int
+    tokenizer, task: str, dialogues: list[Dialogue], domain: Domain, config
 ) -> list[Item]:
     """Every supporter turn with all K strategies as its completions, on the human history.
 
     `sp` is scored on "name" and its end of turn, `vanilla` on the tag "[name]" that opens its
-    completion."""
+    completion. `config` (a desc.flags.DataConfig) says how prompts are laid out, and how long they
+    may be."""
     texts = [f"[{name}]" if task == "vanilla" else name for name in domain.strategies]
     items, end = [], task == "sp"
     for dialogue in dialogues:
         for turn in range(len(dialogue)):
-            messages = build_messages(task, dialogue, turn, domain=domain)
-            name = f"{dialogue.id}/{turn}"
-            item = encode(
-                tokenizer, name, dialogue.id, messages, texts, max_length, domain.speakers, end
-            )
+            messages = build_messages(task, dialogue, turn, None, domain, config.layout)
+            name, room = f"{dialogue.id}/{turn}", config.max_length
+            item = encode(tokenizer, name, dialogue.id, messages, texts, room, domain.speakers, end)
             items.append(item)
     return items
 
 
 def score_strategies(
-    model,
-    tokenizer,
-    task: str,
-    dialogues: list[Dialogue],
-    domain: Domain,
-    max_length: int = 2048,
-    max_tokens: int = 2048,
+    model, tokenizer, task: str, dialogues: list[Dialogue], domain: Domain, config
 ) -> torch.Tensor:
     """log p(strategy | context) of every strategy at every supporter turn: (T, K) fp32, whose rows
     sum to 1 in probability.
 
     The K names are K branches at each turn of a dialogue's tree, so one pass gives them all.
     Probability on anything but a name is left out by normalising."""
-    items = strategy_items(tokenizer, task, dialogues, domain, max_length)
-    return score(model, items, max_tokens)
+    items = strategy_items(tokenizer, task, dialogues, domain, config)
+    return score(model, items, config.max_tokens)
 
 
 @torch.no_grad()
@@ -221,7 +214,7 @@ class LocalSampler:
         """The planner's log p(strategy | context) at every turn, calibrated if it is: (T, K)."""
         config = self.config
         with adapter_only(self.model, task):
-            items = strategy_items(self.tokenizer, task, [dialogue], self.domain, config.max_length)
+            items = strategy_items(self.tokenizer, task, [dialogue], self.domain, config)
             logps = score(self.model, items, config.max_tokens)
         return self.calibration.apply(logps) if self.calibration else logps
 

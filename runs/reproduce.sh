@@ -35,16 +35,26 @@ for seed in ${4:-0 1 2}; do
   step $law/sp/config.json mine_preferences.py $sp --out $law $many $exact
   step $law/sp/dpo/metrics.jsonl train_dpo.py $sp --out $law $dpo --beta 1
 
+  # The same planner, if it reads the chat's messages instead of one text.
+  messages=$out/messages
+  by_messages="$sp --history messages --out $messages"
+  step $messages/sp/sft/metrics.jsonl train_sft.py $by_messages $many $sft
+  step $messages/sp/config.json mine_preferences.py $by_messages $many $exact
+  step $messages/sp/dpo/metrics.jsonl train_dpo.py $by_messages $dpo --beta 1
+
   # One model for both. Its mining writes replies, so it has fewer dialogues.
   vanilla="--task vanilla $data --eval-dialogues 20 --out $out"
   step $out/vanilla/sft/metrics.jsonl train_sft.py $vanilla $many $sft
   step $out/vanilla/config.json mine_preferences.py $vanilla $few --max-new-tokens 64
   step $out/vanilla/dpo/metrics.jsonl train_dpo.py $vanilla $dpo
 
-  step $out/eval/results.json evaluate.py $data --out $out --reply-dialogues -1 --seeds 3 \
-      --calibrate frequencies --report $out/report.html --systems \
-      vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft \
-      sft=sp:$out/sp/sft dpo=sp:$out/sp/dpo dpo-early=sp:$out/sp/dpo/best law=sp:$law/sp/dpo
+  both="vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft"
+  scored="--reply-dialogues -1 --seeds 3 --calibrate frequencies"
+  step $out/eval/results.json evaluate.py $data --out $out $scored --report $out/report.html \
+      --systems $both sft=sp:$out/sp/sft dpo=sp:$out/sp/dpo dpo-early=sp:$out/sp/dpo/best \
+      law=sp:$law/sp/dpo
+  step $messages/eval/results.json evaluate.py $data --out $messages $scored --history messages \
+      --systems $both messages-sft=sp:$messages/sp/sft messages-law=sp:$messages/sp/dpo
 done
 
 # The generator, and all replies, with the first seed's planners.
@@ -67,5 +77,6 @@ step $replies/eval/results.json evaluate.py $esconv --seed $seed --out $replies 
     vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft \
     sft=sp:$out/sp/sft,rg:$out/rg/sft dpo=sp:$out/sp/dpo,rg:$out/rg/dpo \
     law=sp:$out/law/sp/dpo,rg:$out/rg/dpo
-"${VENV:-.venv}/bin/python" benchmarks/experiments.py --record out/esconv/*/eval \
+"${VENV:-.venv}/bin/python" benchmarks/experiments.py \
+    --record out/esconv/*/eval out/esconv/*/messages/eval \
     --plot out/esconv/frontier.png --file out/esconv/experiments.jsonl

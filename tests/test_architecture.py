@@ -105,6 +105,19 @@ def test_esconv_is_the_default_of_scores_and_of_first_calls_alone():
     assert {name for name in found if not name.startswith("metrics.")} == first
 
 
+def test_prompts_are_laid_out_as_the_flags_say():
+    """A call that passes no layout would make the default prompts, whatever the flags are."""
+    calls = [
+        ast.unparse(node)
+        for path in [*FILES, *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("build_messages", "build_examples")
+    ]
+    assert len(calls) > 8
+    assert [call for call in calls if "layout" not in call] == []
+
+
 def test_the_map_is_whole():
     assert {
         room_of(str(path.relative_to(ROOT / "desc").parts[0]).removesuffix(".py")) for path in FILES

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,7 +168,10 @@ def test_bars_are_the_planners_exact_probabilities(start, capsys):
         bars = re.findall(BAR, capsys.readouterr().out, re.M)
         dialogue = Dialogue("", talk.turns)
         with adapter_only(talk.model, "sp-sft"):
-            logps = score_strategies(talk.model, talk.tokenizer, "sp", [dialogue], talk.domain)
+            layout = talk.config.layout
+            config = SimpleNamespace(layout=layout, max_length=2048, max_tokens=2048)
+            parts = talk.model, talk.tokenizer, "sp", [dialogue], talk.domain, config
+            logps = score_strategies(*parts)
         exact = 100 * logps[-1].exp()
         assert [name for name, _, _ in bars] == list(talk.domain.strategies)
         assert exact.max() < 90

@@ -38,14 +38,15 @@ def test_temper_by_hand():
     torch.testing.assert_close(temper(logps, 0.0, 1.0), torch.tensor([[0.0, 1.0, 0.0]]))
 
 
-@pytest.mark.parametrize("task", ["sp", "vanilla"])
-def test_scored_strategies_are_those_of_each_sequence_alone(toy_on_device, sample, task):
+@pytest.mark.parametrize("task, history", [("sp", "text"), ("sp", "messages"), ("vanilla", "text")])
+def test_scored_strategies_are_those_of_each_sequence_alone(toy_on_device, sample, task, history):
     model, tokenizer = toy_on_device
-    dialogue = sample[0]
-    scored = score_strategies(model, tokenizer, task, [dialogue], ESCONV, max_tokens=700)
+    dialogue, layout = sample[0], Layout(history=history)
+    config = SimpleNamespace(layout=layout, max_length=2048, max_tokens=700)
+    scored = score_strategies(model, tokenizer, task, [dialogue], ESCONV, config)
     turn = len(dialogue) - 1
     texts = [name if task == "sp" else f"[{name}]" for name in ESCONV.strategies]
-    messages, end = build_messages(task, dialogue, turn), task == "sp"
+    messages, end = build_messages(task, dialogue, turn, layout=layout), task == "sp"
     item = encode(tokenizer, "", "", messages, texts, 2048, ESCONV.speakers, end)
     alone = []
     with torch.no_grad():
@@ -108,7 +109,7 @@ def test_draws_depend_on_seed_and_dialogue_alone(toy_on_device, sample):
         planned = [(turn, "Question") for turn in range(len(dialogue))]
         return write_dialogue(model, tokenizer, config, "rg", dialogue, planned, ESCONV)
 
-    logps = score_strategies(model, tokenizer, "vanilla", [dialogue], ESCONV)
+    logps = score_strategies(model, tokenizer, "vanilla", [dialogue], ESCONV, CONFIG)
     strategies = draw_strategies(logps, CONFIG, dialogue, ESCONV.strategies)
     replies = write(CONFIG)
     torch.rand(3)

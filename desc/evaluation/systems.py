@@ -202,13 +202,7 @@ def plan_scored(
     if key not in loaded.scored:
         loaded.scored.clear()
         loaded.scored[key] = score_strategies(
-            loaded.model,
-            loaded.tokenizer,
-            system.planner,
-            [dialogue],
-            domain,
-            configs[0].max_length,
-            configs[0].max_tokens,
+            loaded.model, loaded.tokenizer, system.planner, [dialogue], domain, configs[0]
         )
     logps = loaded.scored[key]
     if system.calibrated:

@@ -49,7 +49,7 @@ def planned_turns(
     if config.task not in ("sp", "vanilla"):
         return None
     dialogues = first(splits["valid"], config.eval_dialogues)
-    items = strategy_items(tokenizer, config.task, dialogues, domain, config.max_length)
+    items = strategy_items(tokenizer, config.task, dialogues, domain, config)
     counted = Counter(gold_strategies(splits["train"]))
     counts = [counted[name] for name in domain.strategies]
     return PlannedTurns(items, gold_strategies(dialogues), domain.strategies, counts)
