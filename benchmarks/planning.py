@@ -50,14 +50,8 @@ def main():
     some = range(0, len(places), max(1, len(places) // config.turns))
     begin, same = now(), 0
     for i in tqdm(some):
-        prompt = torch.tensor(
-            [
-                encode_prompt(
-                    tokenizer, build_messages("sp", *places[i], None, domain, config.layout)
-                )
-            ],
-            device=model.device,
-        )
+        messages = build_messages("sp", *places[i], None, domain, config.layout)
+        prompt = torch.tensor([encode_prompt(tokenizer, messages)], device=model.device)
         with torch.no_grad():
             written = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=16
