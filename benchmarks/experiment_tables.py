@@ -25,7 +25,7 @@ PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + [
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 %, by seeds
 STUDENT_OF_MORE = 2.31  # that of 9 seeds: for more than these it is a little too wide
 BIASED = ("B", "B expected", "ece")
-COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777", "#e08fb0")
+COLOURS = ("#440154", "#d1495b", "#1f968b", "#c98a00", "#3b528b", "#777777", "#e08fb0", "#7a4b1e")
 
 
 def interval_of_mean(values: list[float], limits: list) -> tuple[float, float] | None:
@@ -143,7 +143,7 @@ def print_tables(evaluation: str, groups: dict[str, list[dict]]) -> None:
 
 def draw(groups: dict[str, list[dict]], path: str) -> None:
     """Q over B of each system at all temperatures, the mean over its seeds: as it is (solid), and
-    with offsets by frequencies (dashed). Of the first way to evaluate, the first seven systems."""
+    with offsets by frequencies (dashed). Of the first way to evaluate, the first eight systems."""
     matplotlib = load_matplotlib()
     figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
     plot = figure.add_subplot()

@@ -124,8 +124,8 @@ def recipe(made) -> object:
     passing |= {"eval_dialogues", "eval_every"}  # a calibration's turns are counted by themselves
     if made.get("task") != "rg":
         passing.add("strategy_at")  # which is for rg alone
-    if made.get("task") != "sp":
-        passing.add("history")  # which is for sp alone
+    if made.get("task") != "sp" and made.get("routing") not in ("paper", "all-to-rg"):
+        passing.add("history")  # which is for sp alone, and these routings ask it, too
     # Lines from before there were these flags have no entry.
     newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0, "exact": False}
     newer |= {"history": "text", "sft": "adapter"}  # the latter is the mining's

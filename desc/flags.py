@@ -330,13 +330,20 @@ def training_settings(config: TrainConfig) -> dict:
     # other steps. --keep is not free, because the best adapter already lies where it says.
     free |= {"eval_every", "save_every"}
     settings = {name: value for name, value in asdict(config).items() if name not in free}
-    # No entry, as in the checkpoints before there were these flags, is the default.
-    newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0, "history": "text"}
-    settings |= {name: None for name, value in newer.items() if settings.get(name) == value}
+    settings = without_new_defaults(settings)
     # What the module reads of a domain, by its digest, instead of the file's place. No entry, as in
     # the checkpoints before --domain, is ESConv's.
     settings |= {"domain": config.domain and config.read_domain().digest(config.task)}
     return settings | {"chat_template": config.template_digest()}
+
+
+def without_new_defaults(settings: dict) -> dict:
+    """The settings with None for the defaults of flags that old checkpoints and journals have no
+    entry for, because there were no such flags."""
+    newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0, "history": "text"}
+    newer |= {"exact": False}
+    is_new = {name for name, default in newer.items() if settings.get(name) == default}
+    return settings | dict.fromkeys(is_new)
 
 
 def answer_settings(config, modules: Iterable[str], *irrelevant: str) -> dict:
@@ -347,4 +354,5 @@ def answer_settings(config, modules: Iterable[str], *irrelevant: str) -> dict:
     settings = {name: value for name, value in asdict(config).items() if name not in never}
     digests = {module: config.read_domain().digest(module) for module in modules}
     settings |= {"domain": config.domain and digests}
-    return settings | {"chat_template": config.template_digest()}
+    settings |= {"chat_template": config.template_digest()}
+    return without_new_defaults(settings)

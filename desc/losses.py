@@ -48,7 +48,7 @@ def self_mined_optimum(
 
         π* ∝ q^(1 − 1/(βT)) · p^(1/β)
 
-    If the rejected answers are another model's, the `miner`'s m, then π* ∝ q · (p / m_T)^(1/β).
+    If the rejected answers are another model's, the `miner`'s m, then π* ∝ q · (p / m^(1/T))^(1/β).
 
     Why: of answers a and b, p(a) q_T(b) is how often a is chosen over b, with q_T ∝ q^(1/T). The
     loss is least where σ(r(a) − r(b)) is a's share of p(a) q_T(b) + p(b) q_T(a), so r = log p −

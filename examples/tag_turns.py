@@ -3,8 +3,8 @@
     python examples/tag_turns.py ESConv.json tagged.json
     python train_sft.py --task sp --data tagged.json --split-file split.json
 
-A planner's history has no strategies (desc/prompts.py), and vanilla's has. On the copy a planner
-reads them, too: what is left of the difference between the two is not theirs (docs/results.md)."""
+A planner that reads one text (--history text) sees no strategies in it, and vanilla does. On the
+copy it sees them, too: what is left of the difference is not theirs (docs/results.md)."""
 
 import sys
 from pathlib import Path

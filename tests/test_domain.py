@@ -20,7 +20,7 @@ from desc.judging.annotator import build_annotator_messages, read_annotation
 from desc.judging.judge import build_judge_messages
 from desc.judging.labels import read_label_map
 from desc.mining import Annotation, Answer, Case, find_error
-from desc.prompts import build_messages, drop_oldest
+from desc.prompts import Layout, build_messages, drop_oldest
 from desc.storage.files import write_json
 
 MATHDIAL = ROOT / "examples" / "mathdial.domain.json"
@@ -211,7 +211,7 @@ def test_the_modules_read_the_domains_words(quiz):
     assert user["content"] == f"pupil: Ready.\nquiz master: What is 2 + 2?\n{said}"
     assert drop_oldest([user], quiz.speakers) == [{"role": "user", "content": said}]
     assert drop_oldest([user], ESCONV.speakers) is None
-    system = build_messages("rg", TALK, 1, "Ask", quiz, "system")[0]["content"]
+    system = build_messages("rg", TALK, 1, "Ask", quiz, Layout("system"))[0]["content"]
     assert system == (
         "You lead a quiz {of sorts}. You are given a reference strategy, and your reply follows it."
         " The strategies are: Ask, Tell {it}. Your current strategy is: Ask"

@@ -6,6 +6,7 @@ import pytest
 from scripts import lines
 
 from desc import DescError
+from desc.flags import Config, answer_settings
 from desc.storage.journal import Journal, read_metrics, seal, work_key
 
 A, B, C = ({"key": work_key(name), "reply": name} for name in "ABC")
@@ -40,6 +41,24 @@ def test_other_settings_are_refused_half_way_and_begin_anew_at_the_end(tmp_path,
     assert "made with other settings" in capsys.readouterr().out
     # The old file stays until the new journal is finished.
     assert lines(tmp_path / "answers.jsonl") == [SETTINGS, seal(A)]
+
+
+def test_a_journal_from_before_a_flag_goes_on(tmp_path):
+    """Half done and whole. It was made with what is the flag's default now."""
+    settings = answer_settings(Config(), ["sp"])
+    other = answer_settings(Config(history="messages"), ["sp"])
+    before = {name: value for name, value in settings.items() if name != "history"}
+    Journal(tmp_path, "answers", before).append({"key": "a"})
+    with pytest.raises(DescError, match="begun with another history"):
+        Journal(tmp_path, "answers", other)
+    journal = Journal(tmp_path, "answers", settings)
+    assert list(journal.done) == ["a"]
+    journal.finish(["a"])
+    (tmp_path / "answers.jsonl").write_text(
+        "\n".join(map(json.dumps, [before, *lines(tmp_path / "answers.jsonl")[1:]]))
+    )
+    assert list(Journal(tmp_path, "answers", settings).done) == ["a"]
+    assert list(Journal(tmp_path, "answers", other).done) == []
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_flags_that_do_not_go_together_are_refused(flags, message, tmp_path, mon
 
 def test_a_checkpoint_from_before_there_were_objectives_goes_on(tmp_path):
     config = train_dpo.DPOConfig(task="sp", dtype="float32")
-    newer = {"objective", "margin", "sft_weight"}
+    newer = {"objective", "margin", "sft_weight", "history"}
     begun = {name: value for name, value in asdict(config).items() if name not in newer}
     facts = {"step": 5, "best": 2.5, "settings": begun}
     write_checkpoint(tmp_path, facts, {"A": torch.zeros(1)})

@@ -18,15 +18,19 @@ UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, Recursi
 KEPT = 2  # checkpoints; if the newest is damaged, the one before it is used
 
 
+def differing(begun: dict, settings: dict) -> list[str]:
+    """The names of the settings that are others than in `begun`, where no entry means None."""
+    return [name for name in settings if begun.get(name) != settings[name]]
+
+
 def refuse_differing(path: Path, begun, settings: dict) -> None:
     """Raises DescError if what is half done in `path` was `begun` with other settings, naming
     them."""
     if not isinstance(begun, dict):
         raise DescError(f"{path}: its settings are damaged; delete it to start anew")
-    differing = [name for name in settings if begun.get(name) != settings[name]]
-    if differing:
+    if names := differing(begun, settings):
         raise DescError(
-            f"{path} was begun with another {', '.join(differing)}: run with the same, or delete it"
+            f"{path} was begun with another {', '.join(names)}: run with the same, or delete it"
             " to start anew"
         )
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from desc import DescError
-from desc.storage.checkpoint import refuse_differing
+from desc.storage.checkpoint import differing, refuse_differing
 from desc.storage.files import append_line, drop_torn_line, encode_text, read_lines, write_lines
 
 
@@ -116,7 +116,8 @@ class Journal:
         sealed = []  # (where, record)
         if self.whole.exists():
             lines = list(read_lines(self.whole).items())
-            if lines and lines[0][1] == self.settings:
+            made = lines[0][1] if lines else None
+            if isinstance(made, dict) and not differing(made, self.settings):
                 sealed += lines[1:]
         for part in self.parts():
             lines = list(read_lines(part).items())
