@@ -195,38 +195,26 @@ def test_every_flag_is_read(script, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "made_with, given, refused",
+    "made_with, flag, given, refused",
     [
-        ({"task": "rg", "strategy_at": "turn"}, "system", True),
-        ({"task": "rg", "strategy_at": "turn"}, "turn", False),
-        ({"task": "rg"}, "turn", True),  # made before there was the flag
-        ({"task": "rg"}, "system", False),
-        ({"task": "sp", "strategy_at": "turn"}, "system", False),
-        ({}, "turn", False),  # an adapter that others made
+        ({"task": "rg", "strategy_at": "turn"}, "strategy_at", "system", True),
+        ({"task": "rg", "strategy_at": "turn"}, "strategy_at", "turn", False),
+        ({"task": "rg"}, "strategy_at", "turn", True),  # made before there was the flag
+        ({"task": "rg"}, "strategy_at", "system", False),
+        ({"task": "sp", "strategy_at": "turn"}, "strategy_at", "system", False),
+        ({}, "strategy_at", "turn", False),  # an adapter that others made
+        ({"task": "sp", "history": "messages"}, "history", "text", True),
+        ({"task": "sp", "history": "messages"}, "history", "messages", False),
+        ({"task": "sp"}, "history", "messages", True),
+        ({"task": "sp"}, "history", "text", False),
+        ({"task": "vanilla", "history": "text"}, "history", "messages", False),
+        ({}, "history", "messages", False),
     ],
 )
-def test_an_artefact_with_the_strategy_in_another_place_is_refused(made_with, given, refused):
-    config = flags.Config(strategy_at=given)
-    with (
-        pytest.raises(DescError, match="was made with --strategy-at") if refused else nullcontext()
-    ):
-        cli.refuse_other_prompts(config, Path("out/rg/sft"), made_with)
-
-
-@pytest.mark.parametrize(
-    "made_with, given, refused",
-    [
-        ({"task": "sp", "history": "messages"}, "text", True),
-        ({"task": "sp", "history": "messages"}, "messages", False),
-        ({"task": "sp"}, "messages", True),  # made before there was the flag
-        ({"task": "sp"}, "text", False),
-        ({"task": "vanilla", "history": "text"}, "messages", False),
-        ({}, "messages", False),  # an adapter that others made
-    ],
-)
-def test_an_artefact_with_another_history_is_refused(made_with, given, refused):
-    config = flags.Config(history=given)
-    with pytest.raises(DescError, match="was made with --history") if refused else nullcontext():
+def test_an_artefact_with_another_layout_is_refused(made_with, flag, given, refused):
+    config = flags.Config(**{flag: given})
+    message = f"was made with --{flag.replace('_', '-')}"
+    with pytest.raises(DescError, match=message) if refused else nullcontext():
         cli.refuse_other_prompts(config, Path("out/sp/sft"), made_with)
 
 
