@@ -145,7 +145,7 @@ def draw(groups: dict[str, list[dict]], path: str) -> None:
     """Q over B of each system at all temperatures, the mean over its seeds: as it is (solid), and
     with offsets by frequencies (dashed). Of the first way to evaluate, the first eight systems."""
     matplotlib = load_matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 4.2), layout="constrained")
     plot = figure.add_subplot()
     drawn = {name: lines for name, lines in groups.items() if lines[0]["frontier"]}
     for (name, lines), colour in zip(drawn.items(), COLOURS):
@@ -160,5 +160,6 @@ def draw(groups: dict[str, list[dict]], path: str) -> None:
             label = name if way == "none" else None
             plot.plot(xs, ys, style, color=colour, label=label, markersize=3.5, linewidth=1.2)
     plot.set(xlabel="B, expected (0: as frequent as people)", ylabel="Q, expected (%)")
-    plot.legend(fontsize=8, title="solid: as it is, dashed: with offsets", title_fontsize=8)
+    title = "solid: as it is\ndashed: with offsets"
+    figure.legend(loc="outside right upper", fontsize=8, title=title, title_fontsize=8)
     figure.savefig(path, dpi=130)
