@@ -116,8 +116,10 @@ def ways_table(groups: dict[str, list[dict]]) -> str:
                     for point in line["frontier"].get(way, ())
                     if point["T"] == T
                 ]
-                q, b = map(statistics.mean, zip(*found)) if found else (None, None)
-                row.append(f"{q:.1f}, {b:.3f}" if found else "")
+                row.append("")
+                if found:
+                    q, b = map(statistics.mean, zip(*found))
+                    row[-1] = f"{q:.1f}, {b:.3f}"
             if any(row[2:]):
                 body.append(row)
     return cli.markdown([["system", "T", "none", *WAYS], *body]) if body else ""

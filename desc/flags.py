@@ -342,8 +342,7 @@ def without_new_defaults(settings: dict) -> dict:
     entry for, because there were no such flags."""
     newer = {"objective": "dpo", "margin": 1.0, "sft_weight": 0.0, "history": "text"}
     newer |= {"exact": False}
-    is_new = {name for name, default in newer.items() if settings.get(name) == default}
-    return settings | dict.fromkeys(is_new)
+    return settings | {name: None for name, value in newer.items() if settings.get(name) == value}
 
 
 def answer_settings(config, modules: Iterable[str], *irrelevant: str) -> dict:
