@@ -7,10 +7,12 @@ are compared.
 
 A system is a planner (sp) and a generator (rg), which answers under the planner's strategy; or a
 planner alone; or one model for both (vanilla). Each is given with the folder of its adapter, or
-with "base" for none; sp:gold takes the human strategies. With --decode scored strategies are drawn
-from the exact distribution over all names. With --decode free they are written and parsed, as the
-paper does: what cannot be parsed is left out of accuracy, B and Q, and its rate is reported.
-Replies follow the strategies that the first seed draws.
+with "base" for none; sp:gold takes the human strategies. Each adapter is asked as it was trained.
+--history and --strategy-at are for "base" alone, and for adapters that others made.
+
+With --decode scored strategies are drawn from the exact distribution over all names. With --decode
+free they are written and parsed, as the paper does: what cannot be parsed is left out of accuracy,
+B and Q, and its rate is reported. Replies follow the strategies that the first seed draws.
 
 Prints tables with 95 % intervals (bootstrap over dialogues; differences to the first system are
 paired). Writes OUT/eval/results.json and answers.jsonl. The latter has one line per dialogue: what
@@ -244,6 +246,7 @@ def main():
         "test dialogues": len(test),
         "test data": work_key(*(work_key(dialogue, strategies, False) for dialogue in test)),
         "folders": {system.name: system.adapters() for system in systems},
+        "layouts": {system.name: loaded.layouts_of(system) for system in systems},
         "domain file": config.domain,
         "chat template file": config.chat_template,
     }

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from desc.domain import ESCONV, READ_BY
 from desc.flags import Config
 from desc.lora import load_adapter
 from desc.modeling import load, native_dtype
+from desc.prompts import HISTORIES, STRATEGY_PLACES, Layout
 from desc.storage.adapters import CHAT_TEMPLATE, base_name, has_adapter
 from desc.storage.base import base_digest
 from desc.storage.files import claim_folder, parse, read_text, write_json
@@ -150,9 +151,8 @@ def read_config(folder: Path) -> dict:
 def refuse_other_prompts(config: Config, folder: Path, made_with: dict) -> None:
     """Raises DescError if what lies in `folder` was made for prompts that the flags do not make.
 
-    They differ if the module reads another domain, if it is rg and has the strategy in another
-    place than --strategy-at, or if it is sp and has another --history. Before these flags the
-    domain was ESConv's, the strategy stood in the system message, and the history was one text."""
+    They differ if the module reads another domain, which before --domain was ESConv's, or if its
+    prompts are laid out in another way."""
     module = made_with.get("task")
     if made_with.get("strategies"):
         raise DescError(
@@ -168,11 +168,26 @@ def refuse_other_prompts(config: Config, folder: Path, made_with: dict) -> None:
             raise DescError(
                 f"{folder}: was made for another domain than {config.domain or 'ESConv'}; {advice}"
             )
-    for task, flag, before in (("rg", "strategy_at", "system"), ("sp", "history", "text")):
-        made = made_with.get(flag, before)
-        if module == task and made != getattr(config.layout, flag):
+    for flag, made in asdict(layout_of(folder, made_with, config.layout)).items():
+        if made != getattr(config.layout, flag):
             given = f"--{flag.replace('_', '-')} {made}"
             raise DescError(f"{folder}: was made with {given}; give that flag, or make it again")
+
+
+def layout_of(folder: Path, made_with: dict, given: Layout) -> Layout:
+    """How the prompts are laid out for which what lies in `folder` was made: rg's by --strategy-at,
+    sp's by --history. All else is as `given`, and so is what others made.
+
+    Before these flags the strategy stood in the system message, and the history was one text.
+    Raises DescError if config.json has a value that the flag does not know."""
+    layout = given
+    if made_with.get("task") == "rg":
+        layout = replace(given, strategy_at=made_with.get("strategy_at", "system"))
+    elif made_with.get("task") == "sp":
+        layout = replace(given, history=made_with.get("history", "text"))
+    if layout.strategy_at not in STRATEGY_PLACES or layout.history not in HISTORIES:
+        raise DescError(f"{folder / 'config.json'}: knows no {layout}; make it again")
+    return layout
 
 
 def refuse_other_template(config: Config, folder: Path, made_with: dict) -> None:

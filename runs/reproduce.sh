@@ -48,13 +48,11 @@ for seed in ${4:-0 1 2}; do
   step $out/vanilla/config.json mine_preferences.py $vanilla $few --max-new-tokens 64
   step $out/vanilla/dpo/metrics.jsonl train_dpo.py $vanilla $dpo
 
-  both="vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft"
-  scored="--reply-dialogues -1 --seeds 3 --calibrate frequencies"
-  step $out/eval/results.json evaluate.py $data --out $out $scored --report $out/report.html \
-      --systems $both sft=sp:$out/sp/sft dpo=sp:$out/sp/dpo dpo-early=sp:$out/sp/dpo/best \
-      law=sp:$law/sp/dpo
-  step $messages/eval/results.json evaluate.py $data --out $messages $scored --history messages \
-      --systems $both messages-sft=sp:$messages/sp/sft messages-law=sp:$messages/sp/dpo
+  step $out/eval/results.json evaluate.py $data --out $out --report $out/report.html \
+      --reply-dialogues -1 --seeds 3 --calibrate frequencies --systems \
+      vanilla-dpo=vanilla:$out/vanilla/dpo vanilla-sft=vanilla:$out/vanilla/sft \
+      sft=sp:$out/sp/sft dpo=sp:$out/sp/dpo dpo-early=sp:$out/sp/dpo/best law=sp:$law/sp/dpo \
+      messages-sft=sp:$messages/sp/sft messages-law=sp:$messages/sp/dpo
 done
 
 # The generator, and all replies, with the first seed's planners.
@@ -78,5 +76,4 @@ step $replies/eval/results.json evaluate.py $esconv --seed $seed --out $replies 
     sft=sp:$out/sp/sft,rg:$out/rg/sft dpo=sp:$out/sp/dpo,rg:$out/rg/dpo \
     law=sp:$out/law/sp/dpo,rg:$out/rg/dpo
 "${VENV:-.venv}/bin/python" benchmarks/experiments.py \
-    --record out/esconv/*/eval out/esconv/*/messages/eval \
-    --plot out/esconv/frontier.png --file out/esconv/experiments.jsonl
+    --record out/esconv/*/eval --plot out/esconv/frontier.png --file out/esconv/experiments.jsonl

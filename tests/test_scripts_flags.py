@@ -2,8 +2,10 @@
 
 Every flag is read, and every mistake ends in one clear line."""
 
+import json
 import math
 import re
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -14,6 +16,7 @@ import pytest
 from scripts import ROOT, lines, run
 
 from desc import DescError, cli, flags
+from desc.prompts import DEFAULT_LAYOUT
 from desc.storage.files import write_json
 
 SCRIPTS = ("train_sft", "train_dpo", "mine_preferences", "evaluate", "desc.chat.__main__")
@@ -218,8 +221,17 @@ def test_an_artefact_with_another_layout_is_refused(made_with, flag, given, refu
         cli.refuse_other_prompts(config, Path("out/sp/sft"), made_with)
 
 
+@pytest.mark.parametrize(
+    "made_with", [{"task": "sp", "history": "letters"}, {"task": "rg", "strategy_at": ["turn"]}]
+)
+def test_a_layout_that_no_flag_knows_is_refused(made_with):
+    with pytest.raises(DescError, match="out/sp/sft/config.json: knows no Layout"):
+        cli.layout_of(Path("out/sp/sft"), made_with, DEFAULT_LAYOUT)
+
+
 def test_a_planner_that_reads_messages(tmp_path):
-    """Every program takes --history, and refuses what was made with the other one."""
+    """Every program that makes something takes --history, and refuses what was made with the other
+    one."""
     flags_of_all = ("--model", "toy", "--out", tmp_path, "--eval-dialogues", 1)
     common = ("--task", "sp", *flags_of_all)
     train = ("train_dpo.py", *common, "--sft", "base", "--history", "messages")
@@ -230,9 +242,43 @@ def test_a_planner_that_reads_messages(tmp_path):
     roles = [message["role"] for message in lines(tmp_path / "sp" / "pairs.jsonl")[-1]["prompt"]]
     assert roles[0] == "system" and roles[1:4] == ["user", "assistant", "user"]
     run("train_dpo.py", *common)
-    evaluate = ("evaluate.py", *flags_of_all, "--systems", f"dpo=sp:{tmp_path}/sp/dpo")
-    assert "sp/dpo: was made with --history messages" in run(*evaluate, fails=True)
-    assert "| dpo | " in run(*evaluate, "--history", "messages")
+
+
+@pytest.mark.parametrize(
+    "task, flag, ways, said, planner",
+    [
+        ("sp", "history", ("text", "messages"), "logps", ""),
+        ("rg", "strategy_at", ("turn", "system"), "replies", "sp:gold,"),
+    ],
+)
+def test_an_evaluation_asks_each_adapter_as_it_was_trained(
+    task, flag, ways, said, planner, tmp_path
+):
+    """Systems of both ways are compared in one evaluation. The flag changes only what the base
+    model reads."""
+    common = ("--model", "toy", "--eval-dialogues", 1)
+    training = ("--task", task, "--train-dialogues", 1, "--epochs", 1)
+    run("train_sft.py", *common, *training, "--out", tmp_path / ways[0])
+    shutil.copytree(tmp_path / ways[0] / task / "sft", tmp_path / ways[1] / task / "sft")
+    file = tmp_path / ways[1] / task / "sft" / "config.json"
+    write_json(file, json.loads(file.read_text()) | {flag: ways[1]})
+
+    systems = [f"{way}={planner}{task}:{tmp_path / way / task / 'sft'}" for way in ways]
+    systems.append(f"base={planner}{task}:base")
+    said_by = {}
+    for way in ways:
+        given = (f"--{flag.replace('_', '-')}", way, "--out", tmp_path / "eval of" / way)
+        run("evaluate.py", *common, *given, "--max-new-tokens", 4, "--systems", *systems)
+        answers = lines(tmp_path / "eval of" / way / "eval" / "answers.jsonl")[1]["systems"]
+        said_by[way] = {name: answer[said] for name, answer in answers.items()}
+        results = tmp_path / "eval of" / way / "eval" / "results.json"
+        layouts = json.loads(results.read_text())["facts"]["layouts"]
+        laid_out = {name: layout[task][flag] for name, layout in layouts.items()}
+        assert laid_out == {ways[0]: ways[0], ways[1]: ways[1], "base": way}
+    for way in ways:
+        assert said_by[ways[0]][way] == said_by[ways[1]][way]
+    assert said_by[ways[0]][ways[0]] != said_by[ways[0]][ways[1]]
+    assert said_by[ways[0]]["base"] != said_by[ways[1]]["base"]
 
 
 def test_the_shipped_pairs_have_their_strategy_in_the_last_message(tmp_path):

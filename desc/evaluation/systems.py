@@ -138,6 +138,8 @@ class LoadedModel:
     model: torch.nn.Module
     tokenizer: object
     adapter_names: dict[tuple[str, str], str]  # {(task, adapter): its name in the model}
+    # {(task, adapter): evaluate.py's configuration, with prompts as the adapter was trained on}
+    configs: dict
     calibrations: dict[str, Calibration]  # {a calibrated planner's adapter: how}
     scored: dict  # what plan_scored computed last
 
@@ -145,27 +147,41 @@ class LoadedModel:
         """A context in which the model has this adapter alone."""
         return adapter_only(self.model, self.adapter_names[task, adapter])
 
+    def layouts_of(self, system: System) -> dict[str, dict]:
+        """{task: how its prompts are laid out} of a system's models."""
+        return {
+            task: asdict(self.configs[task, adapter].layout)
+            for task, adapter in system.adapters().items()
+            if (task, adapter) in self.configs  # sp:gold is no model
+        }
+
 
 def load_systems(
     config, model, tokenizer, systems: list[System], strategies: Strategies
 ) -> LoadedModel:
-    """Attach the adapter of every system, each once, and fit the calibrations of planners. Raises
-    DescError if a folder holds no adapter, one of another task, or nothing to fit on."""
+    """Attach the adapter of every system, each once, and fit the calibrations of planners.
+
+    Each adapter is asked as it was trained, whatever --history and --strategy-at say, so that one
+    evaluation can compare layouts of prompts. Raises DescError if a folder holds no adapter, one of
+    another task, or nothing to fit on."""
     names = {(task, BASE): "" for tasks in GENERATOR_OF for task in tasks}
+    configs = dict.fromkeys(names, config)
     for system in systems:
         for task, adapter in system.adapters().items():
             is_human = task == system.planner and system.plans_as_human
             if is_human or (task, adapter) in names:
                 continue
-            name = f"adapter{len(names)}"
-            cli.use_adapter(config, model, Path(adapter), task, name=name)
+            name, folder = f"adapter{len(names)}", Path(adapter)
+            layout = cli.layout_of(folder, cli.read_config(folder), config.layout)
+            configs[task, adapter] = replace(config, **asdict(layout))
+            cli.use_adapter(configs[task, adapter], model, folder, task, name=name)
             names[task, adapter] = name
     calibrations = {}
     for system in systems:
         if system.calibrated:
             adapter = system.planner_adapter
             calibrations[adapter] = read_calibration(adapter, config, strategies)
-    return LoadedModel(model, tokenizer, names, calibrations, {})
+    return LoadedModel(model, tokenizer, names, configs, calibrations, {})
 
 
 @dataclass(frozen=True)
@@ -186,7 +202,8 @@ def plan_strategies(
     if system.plans_as_human:
         gold = gold_strategies([dialogue])
         return Plan([gold] * config.seeds, [], [])
-    configs = [replace(config, seed=config.seed + i) for i in range(config.seeds)]
+    asked = loaded.configs[system.planner, system.planner_adapter]
+    configs = [replace(asked, seed=config.seed + i) for i in range(config.seeds)]
     with loaded.with_adapter(system.planner, system.planner_adapter):
         if config.decode == "scored":
             return plan_scored(system, loaded, configs, dialogue, domain)
@@ -261,10 +278,10 @@ def answer_dialogue_as(
     elif with_replies and system.generator:
         model, tokenizer = loaded.model, loaded.tokenizer
         planned = list(enumerate(followed))
-        with loaded.with_adapter(system.generator, system.generator_adapter):
-            replies = write_dialogue(
-                model, tokenizer, config, system.generator, dialogue, planned, domain
-            )
+        task, adapter = system.generator, system.generator_adapter
+        asked = loaded.configs[task, adapter]
+        with loaded.with_adapter(task, adapter):
+            replies = write_dialogue(model, tokenizer, asked, task, dialogue, planned, domain)
     human = dialogue.supporter_turns()
     return {
         "dialogue": dialogue.id,
