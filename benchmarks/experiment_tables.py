@@ -12,6 +12,7 @@ import statistics
 from desc import cli
 from desc.calibration import WAYS
 from desc.evaluation.figures import load_matplotlib
+from desc.evaluation.frontier import ORACLE
 from desc.evaluation.tables import JUDGE_COLUMNS, TEXT_COLUMNS, decimals
 
 PLANNER_COLUMNS = "accuracy greedy Q Q_W".split() + [
@@ -109,7 +110,7 @@ def ways_table(groups: dict[str, list[dict]]) -> str:
             continue
         for T in dict.fromkeys((lines[0]["evaluation"]["temperature"], 1.0)):
             row = [name, f"{T:g}"]
-            for way in ("none", *WAYS):
+            for way in ("none", *WAYS, ORACLE):
                 found = [
                     (point["Q"], point["B"])
                     for line in lines
@@ -122,7 +123,7 @@ def ways_table(groups: dict[str, list[dict]]) -> str:
                     row[-1] = f"{q:.1f}, {b:.3f}"
             if any(row[2:]):
                 body.append(row)
-    return cli.markdown([["system", "T", "none", *WAYS], *body]) if body else ""
+    return cli.markdown([["system", "T", "none", *WAYS, ORACLE], *body]) if body else ""
 
 
 def print_tables(evaluation: str, groups: dict[str, list[dict]]) -> None:

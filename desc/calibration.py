@@ -34,11 +34,11 @@ class Calibration:
         return (logps.double() / self.temperature + self.offsets).log_softmax(-1)
 
 
-def strategy_frequencies(counts: list[int]) -> torch.Tensor:
-    """How often people use each strategy (K,) fp64, from its counts. One is added to each, so that
-    a strategy that was never seen keeps a chance."""
-    added = torch.tensor(counts, dtype=torch.float64) + 1
-    return added / added.sum()
+def strategy_frequencies(counts: list[int], added: float = 1.0) -> torch.Tensor:
+    """How often people use each strategy (K,) fp64, from its counts. Something is added to each, so
+    that a strategy that was never seen keeps a chance."""
+    counted = torch.tensor(counts, dtype=torch.float64) + added
+    return counted / counted.sum()
 
 
 def match_frequencies(

@@ -193,11 +193,15 @@ def test_a_frontier_by_hand(tmp_path):
     confusion matrix is [[⅘, ⅘], [⅕, ⅕]]: accuracy ½, F1 of Ask 2·⅘ / (⁸⁄₅ + 1) and of
     Tell 2·⅕ / (⅖ + 1). A win of Ask over Tell weighs ⅘, the reverse ⅕, so p = (1.6, 0.4)."""
     planned = torch.tensor([[2 / 3, 1 / 3]] * 2).log().tolist()
-    (raw,) = frontier_of(planned, ["Ask", "Tell"], tmp_path).values()
-    point = next(point for point in raw if point["T"] == 0.5)
+    found = frontier_of(planned, ["Ask", "Tell"], tmp_path)
+    point = next(point for point in found["none"] if point["T"] == 0.5)
     assert point["accuracy"] == pytest.approx(50)
     assert point["Q"] == pytest.approx(100 * (1.6 / 2.6 + 0.4 / 1.4) / 2)
     assert point["B"] == pytest.approx(0.6)
+    assert list(found) == ["none", "oracle"]
+    for point in found["oracle"]:  # both strategies with ½ in both turns
+        assert (point["accuracy"], point["Q"]) == pytest.approx((50, 50))
+        assert point["B"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_calibrated_frontier_has_no_bias_at_any_temperature(tmp_path):
@@ -206,9 +210,11 @@ def test_a_calibrated_frontier_has_no_bias_at_any_temperature(tmp_path):
     turns = [{"turn": "0/0", "gold": "Ask", "logps": row} for row in planned]
     write_planned(tmp_path, *turns, counts=(999_999, 999_999))
     found = frontier_of(planned, ["Ask", "Tell", "Tell", "Ask"], tmp_path)
-    assert list(found) == ["none", *WAYS]
+    assert list(found) == ["none", *WAYS, "oracle"]
     assert min(point["B"] for point in found["none"]) > 0.1
     assert max(point["B"] for point in found["frequencies"]) < 1e-3
+    for point, oracle in zip(found["frequencies"], found["oracle"]):
+        assert point == pytest.approx(oracle, abs=1e-3)
 
 
 def test_a_system_that_is_calibrated_or_was_not_scored_has_no_frontier(tmp_path):

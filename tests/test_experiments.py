@@ -78,10 +78,10 @@ def test_q_and_b_by_way_to_calibrate():
     other = make_line("written", 0, 16) | {"evaluation": lines[0]["evaluation"], "frontier": None}
     (groups,) = group_lines([*lines, other]).values()
     assert tables.ways_table(groups).splitlines() == [
-        "| system | T | none | frequencies | likelihood | prior |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| sft | 0.7 | 16.5, 0.165 | 16.5, 0.165 |  |  |",
-        "| sft | 1 | 14.5, 0.100 |  |  |  |",
+        "| system | T | none | frequencies | likelihood | prior | oracle |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| sft | 0.7 | 16.5, 0.165 | 16.5, 0.165 |  |  |  |",
+        "| sft | 1 | 14.5, 0.100 |  |  |  |  |",
     ]
     for line in lines:
         line["evaluation"]["temperature"] = 0.42

@@ -176,7 +176,7 @@ def test_a_calibrated_planner_stands_beside_itself(out):
     names = ["training frequencies", "sft", "sft calibrated", "base"]
     assert list(results["systems"]) == names
     assert list(results["frontiers"]) == ["sft", "base"]
-    assert list(results["frontiers"]["base"]) == ["none"]
+    assert list(results["frontiers"]["base"]) == ["none", "oracle"]
     settings, *records = lines(out / "eval" / "answers.jsonl")
     assert settings["fitted on"] == {"sft calibrated": planned_digest(out / "sp" / "sft")}
     shifts = []

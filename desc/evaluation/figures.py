@@ -9,6 +9,7 @@ from io import StringIO
 import numpy as np
 
 from desc import DescError
+from desc.evaluation.frontier import ORACLE
 
 PHASES = 6
 # Each system has a mark in the page and a shape in charts: a grey print loses the colours.
@@ -29,6 +30,7 @@ CALIBRATED = {
     "frequencies": "offsets by frequencies",
     "likelihood": "by likelihood",
     "prior": "prior correction",
+    ORACLE: "offsets by the test turns’ own frequencies",
 }
 # What a policy equal to the reference has. Its loss is that of step 0, by the objective.
 REFERENCE = {"reward margin": 0, "reward accuracy": 0.5}
@@ -196,7 +198,9 @@ def frontiers_html(results: dict) -> str:
     charts = ""
     for name, ways in frontiers.items():
         lines = []
-        for number, way in enumerate(ways):
+        for number, way in enumerate(CALIBRATED):
+            if way not in ways:
+                continue
             style = {"color": page_colour(number), "marker": SHAPES[number]}
             xs, ys = ([point[axis] for point in ways[way]] for axis in "BQ")
             lines.append(Line(CALIBRATED[way], xs, ys, style))
