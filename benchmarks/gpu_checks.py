@@ -62,14 +62,17 @@ def run_tests(config) -> None:
     log = Path(config.out).with_suffix(".tests.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pytest", "--cuda", "-v", "--tb=short", "--durations=8"]
-    command += ["-n", "6", "--dist", "loadfile", "tests"]  # as runs/test.sh --cuda does
+    command += ["-n", "6", "--dist", "worksteal", "tests"]  # as runs/test.sh --cuda does
     with log.open("w") as file:
         tests = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             tests.wait(max(5, config.seconds - 30))
         except subprocess.TimeoutExpired:
             tests.send_signal(signal.SIGINT)
-            tests.wait()
+            try:
+                tests.wait(20)
+            except subprocess.TimeoutExpired:
+                tests.kill()
     lines = log.read_text(errors="replace").splitlines()
     last = lines[-1] if lines else ""
     found = re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)

@@ -5,10 +5,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs/install.sh
-processes=auto
-if [[ " $* " == *" --cuda "* ]]; then
-    processes=6 # a process for each file that has such tests
-fi
 # A file of tests stays on one core, which makes its fixtures once; conftest.py says which go first.
-exec "${VENV:-.venv}/bin/python" -m pytest -n "$processes" --dist loadfile --no-loadscope-reorder \
-    tests "$@"
+spread="-n auto --dist loadfile --no-loadscope-reorder"
+if [[ " $* " == *" --cuda "* ]]; then
+    spread="-n 6 --dist worksteal" # most of the time is compiling, of a few tests in one file
+fi
+exec "${VENV:-.venv}/bin/python" -m pytest $spread tests "$@"

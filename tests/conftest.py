@@ -92,8 +92,6 @@ def device(request):
     if not request.config.getoption("--cuda"):
         return torch.device("cpu")
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is to be compared as fp32
-    # One process meets more models here than a user's; each has kernels of its own.
-    torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.device("cuda", 0)
 

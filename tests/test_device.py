@@ -169,12 +169,12 @@ def graphs():
 
 
 @compiles
-@pytest.mark.skipif(shutil.which("g++") is None, reason="on the CPU, torch.compile needs g++")
 def test_flex_attention_is_compiled_once_for_all_lengths(device, request, monkeypatch):
     """But once for each way to look: the whole path or a window of it. On a GPU, where it has a
     backward pass, once more with gradients. On the CPU the kernel itself is made with --slow alone,
-    because that needs half a minute; otherwise Python computes what the graph says."""
-    if device.type == "cpu" and not request.config.getoption("--slow"):
+    because that needs g++ and half a minute; otherwise Python computes what the graph says."""
+    compiler_runs = request.config.getoption("--slow") and shutil.which("g++")
+    if device.type == "cpu" and not compiler_runs:
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(attention, "compiled_flex", cache(attention.compiled_flex.__wrapped__))
     torch._dynamo.reset()
@@ -191,13 +191,23 @@ def test_flex_attention_is_compiled_once_for_all_lengths(device, request, monkey
     assert graphs() - before == 2 * len(modes)
 
 
-@pytest.fixture
-def layered(device):
-    """Three layers, two of them with a window, and two adapters."""
-    model = build(configure("gemma3_text with windows", head_dim=16)).to(device)
+@pytest.fixture(params=[32, 512])
+def layered(device, request):
+    """Three layers, two of them with a window, and two adapters. Their width may be the number of
+    nodes in the first forest."""
+    changes = {"head_dim": 16, "hidden_size": request.param}
+    model = build(configure("gemma3_text with windows", **changes)).to(device)
     model.set_attn_implementation(attention.register())
     torch._dynamo.reset()
     return with_adapters(model)
+
+
+@pytest.fixture
+def most_graphs(layered):
+    """How many graphs there may be. PyTorch takes equal numbers for one number, so forests of other
+    lengths are compiled again."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield GRAPHS if layered.config.hidden_size == 32 else 2 * GRAPHS
 
 
 def forests():
@@ -220,7 +230,9 @@ def train_and_validate(model, run, device):
 
 
 @compiles
-def test_layers_are_compiled_once_for_all_layers_and_lengths(layered, tmp_path, monkeypatch):
+def test_layers_are_compiled_once_for_all_layers_and_lengths(
+    layered, most_graphs, tmp_path, monkeypatch
+):
     """What the graphs compute is left to Python here, and FlexAttention, which has no backward on
     the CPU, is left out."""
     taken = []
@@ -240,23 +252,22 @@ def test_layers_are_compiled_once_for_all_layers_and_lengths(layered, tmp_path, 
     compile_layers(layered, torch.device("cuda"))
     before = graphs()
     train_and_validate(layered, run, layered.device)
-    assert graphs() - before == GRAPHS
+    assert GRAPHS <= graphs() - before <= most_graphs
     # A number that is not a constant would be a tensor in fp64, on the CPU.
     dtypes = {x.dtype for x in taken if isinstance(x, torch.Tensor)}
     assert torch.float32 in dtypes and torch.float64 not in dtypes
 
 
 @compiles
-def test_steps_stay_within_the_limit_of_compilations(layered, device, tmp_path, monkeypatch):
-    """PyTorch compiles a function at most eight times, and falls back to its slow form then."""
+def test_steps_on_a_gpu_compile_no_more_graphs(layered, most_graphs, device, tmp_path):
+    """FlexAttention among them."""
     if device.type == "cpu":
         pytest.skip("needs CUDA: FlexAttention has no backward on the CPU")
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     run = begin(layered, tmp_path, fused=True)
     compile_layers(layered, device)
     before = graphs()
     train_and_validate(layered, run, device)
-    assert graphs() - before == GRAPHS
+    assert GRAPHS <= graphs() - before <= most_graphs
 
 
 # --- a run that is stopped ------------------------------------------------------------------------
