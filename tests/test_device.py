@@ -157,6 +157,11 @@ def test_a_step_never_waits_for_the_gpu(step, toy_on_device, no_waiting, tmp_pat
     assert run.step == 2
 
 
+def test_generation_makes_no_plan_for_each_length(toy_on_device):
+    """As cuDNN would, in bf16 on a GPU (desc/attention.py: register)."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # --- few kernels ----------------------------------------------------------------------------------
 
 
