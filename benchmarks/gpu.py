@@ -13,6 +13,7 @@ other. Each figure is printed and appended to --out as soon as it is measured. T
     sp.trl, rg.trl                      TRL + PEFT on some of these pairs, by batch size
     tests                               pytest --cuda
     scripts                             the programs themselves, on the toy model
+    replies                             what a generator writes at the turns of a dialogue
     sp.compiled, rg.compiled            as the first, with --compile
     profile                             the kernels of one forest, eager and compiled
     attention                           one layer's attention by number of nodes, beside SDPA
@@ -37,7 +38,14 @@ from pathlib import Path
 
 import torch
 from contest import DEVICE
-from gpu_checks import describe_machine, measure_attention, profile_kernels, run_scripts, run_tests
+from gpu_checks import (
+    describe_machine,
+    measure_attention,
+    measure_replies,
+    profile_kernels,
+    run_scripts,
+    run_tests,
+)
 from gpu_pieces import last_line, measure_dpo, measure_trl, report
 
 from desc import DescError, cli
@@ -50,6 +58,7 @@ LIMITS = {  # seconds that each piece may take
     "sp.trl": 150,
     "tests": 300,
     "scripts": 180,
+    "replies": 120,
     "sp.compiled": 200,
     "profile": 150,
     "attention": 120,
@@ -99,6 +108,7 @@ def run_piece(config) -> None:
     if "." not in config.piece:
         others = {"machine": describe_machine, "tests": run_tests, "scripts": run_scripts}
         others |= {"profile": profile_kernels, "attention": measure_attention}
+        others |= {"replies": measure_replies}
         return others[config.piece](config)
     config.task, contender = config.piece.split(".")
     if contender == "trl":

@@ -1,4 +1,5 @@
-"""The other pieces of benchmarks/gpu.py: the machine, the tests, the programs, the kernels."""
+"""The other pieces of benchmarks/gpu.py: the machine, the tests, the programs, replies, the
+kernels."""
 
 import os
 import re
@@ -17,9 +18,10 @@ import torch
 import transformers
 from contest import CUDA, DEVICE, make_tokenizer, matrix_peak, now, shape_of
 from dpo_step import encode_pairs, loss_of
-from gpu_pieces import last_line, long_pairs, our_model, report, seconds_of, try_to_measure
+from gpu_pieces import TURNS, last_line, long_pairs, our_model, report, seconds_of, try_to_measure
 
 from desc import attention
+from desc.sampling import generate
 from desc.training.speed import compile_layers
 from desc.tree import Forest, dense_mask, pack, pad
 
@@ -160,6 +162,27 @@ def profile_kernels(config) -> None:
         kernels, busy = list_kernels(profiled.key_averages())
         record = {"way": way, "nodes": len(forest.ids), "first": first, "seconds": seconds}
         report(config, record | {"seconds in kernels": busy, "kernels": kernels})
+
+
+def measure_replies(config) -> None:
+    """What a generator writes at all turns of a dialogue, which grow together. On a GPU it writes
+    with cuDNN's attention, too, which desc keeps off (desc/attention.py: register)."""
+    config.task = "rg"
+    model, tokenizer, pairs = our_model(config), make_tokenizer(config), long_pairs(config)
+    items = encode_pairs(config, tokenizer, pairs[:TURNS])
+    prompts = [item.sequences[0].prompt for item in items]
+    settings = SimpleNamespace(temperature=0.7, top_p=0.95, max_new_tokens=32)
+    for cudnn in (False, True) if CUDA else (False,):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        for seed in (1, 2):  # the first loads kernels
+
+            def measure(seed=seed):
+                begin = now()
+                written = sum(map(len, generate(model, prompts, settings, seed)))
+                seconds = now() - begin
+                return {"tokens": written, "seconds": seconds, "tokens/s": written / seconds}
+
+            try_to_measure(config, {"cudnn": cudnn, "turns": len(prompts), "seed": seed}, measure)
 
 
 def list_kernels(averages) -> tuple[list[str], float]:
