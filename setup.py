@@ -10,12 +10,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["desc", "desc.*"]),
     package_data={"desc": ["data/*", "data/*/*"]},
-    # What desc needs. The lower bounds were run (runs/install.sh --oldest): torch 2.9.1 is the
-    # oldest with which two CPU ranks train the adapter that one process trains. All tests were run
-    # with what stands in runs/constraints.txt. The upper bounds are the next major versions.
+    # What desc needs. The lower bounds were run (runs/install.sh --oldest), and all tests with what
+    # stands in runs/constraints.txt. The upper bounds are the next major versions.
     install_requires=[
-        "torch>=2.9.1,<3",
-        "transformers>=5.0.0,<6",
+        "torch>=2.11.0,<3",
+        "transformers>=5.17.0,<6",
         "safetensors>=0.4.3,<1",
         "sentencepiece>=0.2.0,<1",
         "tqdm>=4.60.0,<5",

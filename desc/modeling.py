@@ -32,11 +32,7 @@ def native_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    if hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-    else:  # PyTorch before 2.11, which says nothing of Arm
-        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-        has = {"architecture": "x86_64", "amx_bf16": amx, "avx512_bf16": avx512}
+    has = torch.cpu.get_capabilities()
     if not has["architecture"].startswith("x86"):
         return has.get("bf16", False)
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")

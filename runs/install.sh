@@ -18,7 +18,7 @@ trap 'rm -f "$versions"' EXIT
 case $mode in
 --pinned) cat runs/constraints.txt >"$versions" ;;
 --oldest)
-    extras=smollm2,dev # the oracles need newer ones
+    extras=smollm2,report,dev # the oracles need newer ones
     sed -nE '/install_requires/,/\]/ s/ *"([a-z]+)>=([0-9.]+).*/\1==\2/p' setup.py >"$versions"
     ;;
 --latest) upgrade="--upgrade --upgrade-strategy eager" ;;

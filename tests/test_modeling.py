@@ -34,7 +34,7 @@ X86 = {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False}
     ],
 )
 def test_a_cpu_computes_in_what_it_multiplies_natively(capabilities, level, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert native_dtype("cpu") == dtype
@@ -43,7 +43,7 @@ def test_a_cpu_computes_in_what_it_multiplies_natively(capabilities, level, dtyp
 def test_without_onednn_nothing_uses_bf16_instructions(monkeypatch):
     """A Mac is an example: its processor has such instructions, but PyTorch has no oneDNN there."""
     capabilities = {"architecture": "arm64", "bf16": True}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert native_dtype("cpu") == torch.float32
 
