@@ -15,7 +15,7 @@ setup(
     install_requires=[
         "torch>=2.11.0,<3",
         "transformers>=5.17.0,<6",
-        "safetensors>=0.4.3,<1",
+        "safetensors>=0.8.0,<1",
         "sentencepiece>=0.2.0,<1",
         "tqdm>=4.60.0,<5",
     ],
