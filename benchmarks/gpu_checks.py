@@ -95,46 +95,34 @@ def run_script(config, title: str, *command) -> None:
 
 
 def run_scripts(config) -> None:
-    """SFT, mining and DPO of both modules, three kinds of DPO at a time, and an evaluation."""
+    """SFT, mining, DPO and evaluation of both modules, and meanwhile DPO compiled and sharded."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(4) as pool:
-        common = ["--model", "toy", "--dtype", config.dtype]
+        common = ["--model", "toy", "--dtype", config.dtype, "--eval-dialogues", 1]
         short = ["--max-new-tokens", 6]
 
-        def train_module(task: str) -> list:
-            """Its DPO runs, which have begun."""
-            flags = [*common, "--task", task, "--eval-dialogues", 1]
-            here = [*flags, "--out", folder]
+        def train_module(task: str) -> None:
+            flags = [*common, "--task", task, "--out", folder]
             some = ["--train-dialogues", 4]
-            run_script(config, f"{task} sft", "train_sft.py", *here, *some, "--epochs", 1)
-            run_script(config, f"{task} mining", "mine_preferences.py", *here, *some, *short)
-            dpo = [
-                "--batch-size",
-                8,
-                "--sft",
-                f"{folder}/{task}/sft",
-                "--pairs",
-                f"{folder}/{task}",
-            ]
-            jobs = [("dpo", ["train_dpo.py", *here])]
-            if task == "sp":
-                compiled = ["--compile"] if CUDA else ["--recompute"]
-                other = [*flags, "--out", f"{folder}/compiled"]
-                jobs.append((f"dpo {compiled[0]}", ["train_dpo.py", *other, *compiled]))
-                ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1]
-                other = [*flags, "--out", f"{folder}/sharded"]
-                sharded = [*ranks, "train_dpo.py", *other, "--shard", "always"]
-                jobs.append(("torchrun dpo --shard always", sharded))
-            return [
-                pool.submit(run_script, config, f"{task} {title}", *command, *dpo)
-                for title, command in jobs
-            ]
+            run_script(config, f"{task} sft", "train_sft.py", *flags, *some, "--epochs", 1)
+            run_script(config, f"{task} mining", "mine_preferences.py", *flags, *some, *short)
+            run_script(config, f"{task} dpo", "train_dpo.py", *flags, "--batch-size", 8)
 
-        with ThreadPoolExecutor(2) as modules:
-            begun = list(modules.map(train_module, ("sp", "rg")))
-        for job in sum(begun, []):
+        sample = ["train_dpo.py", *common, "--task", "sp", "--sft", "base", "--pairs", "sample"]
+        sample += ["--batch-size", 8, "--out"]
+        compiled = "--compile" if CUDA else "--recompute"
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1]
+        sharded = [*ranks, *sample, f"{folder}/sharded", "--shard", "always"]
+        others = [
+            [f"dpo {compiled}", *sample, f"{folder}/compiled", compiled],
+            ["torchrun dpo --shard always", *sharded],
+        ]
+        modules = [pool.submit(train_module, task) for task in ("sp", "rg")]
+        jobs = [pool.submit(run_script, config, *other) for other in others]
+        for job in modules:
             job.result()
-        flags = ["--out", folder, "--eval-dialogues", 1, *short]
-        run_script(config, "evaluate", "evaluate.py", *common, *flags)
+        run_script(config, "evaluate", "evaluate.py", *common, *short, "--out", folder)
+        for job in jobs:
+            job.result()
 
 
 def profile_kernels(config) -> None:
@@ -169,6 +157,7 @@ def measure_replies(config) -> None:
     with cuDNN's attention, too, which desc keeps off (desc/attention.py: register)."""
     config.task = "rg"
     model, tokenizer, pairs = our_model(config), make_tokenizer(config), long_pairs(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # as a trained model has it
     items = encode_pairs(config, tokenizer, pairs[:TURNS])
     prompts = [item.sequences[0].prompt for item in items]
     settings = SimpleNamespace(temperature=0.7, top_p=0.95, max_new_tokens=32)
