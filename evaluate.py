@@ -37,7 +37,7 @@ from desc.evaluation.scores import FREQUENCIES, frequency_row, summarise
 from desc.evaluation.systems import (
     System,
     annotate_and_judge,
-    answer_dialogue_as,
+    answer_dialogues_as,
     find_systems,
     load_systems,
 )
@@ -48,6 +48,7 @@ from desc.judging.annotator import make_annotator
 from desc.judging.endpoint import Endpoint
 from desc.judging.forms import refuse_edited
 from desc.judging.judge import make_judge
+from desc.sampling import group_dialogues
 from desc.storage.adapters import adapter_digest
 from desc.storage.base import base_digest
 from desc.storage.files import write_json
@@ -206,20 +207,25 @@ def main():
     )
     replied_ids = {dialogue.id for dialogue in replied}
     keys = [work_key(dialogue, strategies, dialogue.id in replied_ids) for dialogue in test]
-    work = journal.left_for_me(dict(zip(keys, test)))
-    bar = cli.progress(model, len(work), "evaluate", "dialogues")
-    for key, dialogue in work:
-        with_replies = dialogue.id in replied_ids
-        records = {}
+    groups = group_dialogues(dict(zip(keys, test)), tokenizer, config.max_tokens)
+    work = journal.left_for_me(groups)
+    bar = cli.progress(model, sum(map(len, work)), "evaluate", "dialogues")
+    for group in work:
+        dialogues = list(group.values())
+        answered = {}  # by system
         for system in systems:
-            records[system.name] = answer_dialogue_as(
-                system, loaded, config, dialogue, domain, with_replies
+            answered[system.name] = answer_dialogues_as(
+                system, loaded, config, dialogues, domain, replied_ids
             )
-        transcript = annotate_and_judge(annotator, judge, dialogue, records)
-        journal.append(
-            {"key": key, "dialogue": dialogue.id, "systems": records, "judgements": transcript}
-        )
-        bar.update()
+        for i, (key, dialogue) in enumerate(group.items()):
+            bar.update()
+            if key in journal.done:  # a kill cut the group in two
+                continue
+            records = {name: answers[i] for name, answers in answered.items()}
+            transcript = annotate_and_judge(annotator, judge, dialogue, records)
+            journal.append(
+                {"key": key, "dialogue": dialogue.id, "systems": records, "judgements": transcript}
+            )
     bar.close()
     ranks.wait_for_all()
     if endpoint:

@@ -44,12 +44,12 @@ from desc.mining import (
     Answer,
     account,
     annotate,
-    answer_dialogue,
+    answer_dialogues,
     label,
     route,
     weigh_strategies,
 )
-from desc.sampling import LocalSampler
+from desc.sampling import LocalSampler, group_dialogues
 from desc.storage.adapters import adapter_digest
 from desc.storage.base import base_digest
 from desc.storage.files import write_json, write_lines
@@ -243,20 +243,27 @@ def main():
     done = sum(key in journal.done for key in work)
     if done:
         print(f"{done} of {len(work)} dialogues are answered already in {folder}")
-    mine = journal.left_for_me(work)
-    bar = cli.progress(model, len(mine), f"mine {config.task}", "dialogues")
-    for key, dialogue in mine:
+    groups = [{key: dialogue} for key, dialogue in work.items()]
+    if config.sampler == "local":
+        groups = group_dialogues(work, tokenizer, config.max_tokens // config.samples)
+    mine = journal.left_for_me(groups)
+    bar = cli.progress(model, sum(map(len, mine)), f"mine {config.task}", "dialogues")
+    for group in mine:
+        dialogues = list(group.values())
         if config.exact:
-            answers = weigh_strategies(sampler, dialogue)
+            answered = [weigh_strategies(sampler, dialogue) for dialogue in dialogues]
         else:
-            answers = answer_dialogue(
-                sampler, config.task, config.routing, dialogue, config.samples
+            answered = answer_dialogues(
+                sampler, config.task, config.routing, dialogues, config.samples
             )
-        if annotator and (config.together or config.task != "sp"):
-            answers = annotate(annotator, config.routing, dialogue, answers)
-        record = {"key": key, "split": split_of[key], "dialogue": dialogue.id}
-        journal.append(record | {"answers": [asdict(answer) for answer in answers]})
-        bar.update()
+        for key, dialogue, answers in zip(group, dialogues, answered):
+            bar.update()
+            if key in journal.done:  # a kill cut the group in two
+                continue
+            if annotator and (config.together or config.task != "sp"):
+                answers = annotate(annotator, config.routing, dialogue, answers)
+            record = {"key": key, "split": split_of[key], "dialogue": dialogue.id}
+            journal.append(record | {"answers": [asdict(answer) for answer in answers]})
     bar.close()
 
     ranks.wait_for_all()

@@ -29,7 +29,7 @@ from desc.esconv import Dialogue, gold_strategies, load_splits
 from desc.flags import DataConfig, SampleConfig, flag, parse
 from desc.lora import adapter_only
 from desc.prompts import build_messages
-from desc.sampling import score, score_strategies, seeded, write_dialogue
+from desc.sampling import score, score_strategies, seeded, write_dialogues
 
 
 @dataclass
@@ -145,8 +145,8 @@ def main():
             if names:
                 planned = list(enumerate(names[done : done + count]))
                 with adapter_only(model, "rg"):
-                    replies = write_dialogue(
-                        model, tokenizer, config, "rg", dialogue, planned, domain
+                    (replies,) = write_dialogues(
+                        model, tokenizer, config, "rg", [(dialogue, planned)], domain
                     )
             done += count
             with adapter_only(model, "vanilla"):

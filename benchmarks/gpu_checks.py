@@ -16,9 +16,17 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from contest import CUDA, DEVICE, make_tokenizer, matrix_peak, now, shape_of
+from contest import CUDA, DEVICE, make_tokenizer, matrix_peak, memory, now, shape_of
 from dpo_step import encode_pairs, loss_of
-from gpu_pieces import TURNS, last_line, long_pairs, our_model, report, seconds_of, try_to_measure
+from gpu_pieces import (
+    forget_peak,
+    last_line,
+    long_pairs,
+    our_model,
+    report,
+    seconds_of,
+    try_to_measure,
+)
 
 from desc import attention
 from desc.sampling import generate
@@ -153,25 +161,33 @@ def profile_kernels(config) -> None:
 
 
 def measure_replies(config) -> None:
-    """What a generator writes at all turns of a dialogue, which grow together. On a GPU it writes
-    with cuDNN's attention, too, which desc keeps off (desc/attention.py: register)."""
+    """What a generator writes at all turns of a dialogue, which grow together, and of several
+    dialogues at once."""
     config.task = "rg"
-    model, tokenizer, pairs = our_model(config), make_tokenizer(config), long_pairs(config)
+    model, tokenizer = our_model(config), make_tokenizer(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id  # as a trained model has it
-    items = encode_pairs(config, tokenizer, pairs[:TURNS])
-    prompts = [item.sequences[0].prompt for item in items]
+    prompts = {}  # by dialogue
+    for item in encode_pairs(config, tokenizer, long_pairs(config)):
+        prompts.setdefault(item.dialogue, []).append(item.sequences[0].prompt)
     settings = SimpleNamespace(temperature=0.7, top_p=0.95, max_new_tokens=32)
-    for cudnn in (False, True) if CUDA else (False,):
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        for seed in (1, 2):  # the first loads kernels
+    for count in sorted({1, 2, 4, len(prompts)}):
+        groups = list(prompts.values())[:count]
+        for repeat in (1, 2):  # the first loads kernels
 
-            def measure(seed=seed):
+            def measure(groups=groups):
+                forget_peak()
                 begin = now()
-                written = sum(map(len, generate(model, prompts, settings, seed)))
+                written = generate(model, groups, settings, list(range(len(groups))))
+                tokens = sum(len(ids) for texts in written for ids in texts)
                 seconds = now() - begin
-                return {"tokens": written, "seconds": seconds, "tokens/s": written / seconds}
+                return {
+                    "tokens": tokens,
+                    "seconds": seconds,
+                    "tokens/s": tokens / seconds,
+                    "memory": memory(),
+                }
 
-            try_to_measure(config, {"cudnn": cudnn, "turns": len(prompts), "seed": seed}, measure)
+            try_to_measure(config, {"dialogues": len(groups), "repeat": repeat}, measure)
 
 
 def list_kernels(averages) -> tuple[list[str], float]:

@@ -2,7 +2,7 @@
 names what is wrong with their answers, and each error becomes a pair for the module whose fault it
 is: chosen is the human answer, rejected the module's.
 
-The answers (`answer_dialogue`) and the annotations of them (`annotate`) are kept. Which pairs they
+The answers (`answer_dialogues`) and the annotations of them (`annotate`) are kept. Which pairs they
 make (`route`), and which unpaired answers (`label`), is a pure function of both, so another routing
 of the same answers costs nothing."""
 
@@ -64,33 +64,47 @@ class Answer:
         return Answer(**record | {"judged": judged, "human": human})
 
 
-def answer_dialogue(
-    sampler, task: str, routing: str, dialogue: Dialogue, samples: int
-) -> list[Answer]:
-    """`samples` answers at every supporter turn, on the human history (sampler:
+def answer_dialogues(
+    sampler, task: str, routing: str, dialogues: list[Dialogue], samples: int
+) -> list[list[Answer]]:
+    """`samples` answers at every supporter turn of each dialogue, on the human history (sampler:
     desc.sampling.LocalSampler or desc.judging.sampler.EndpointSampler).
 
     As released, each module is asked for its own part: sp for a strategy, rg for a reply under the
     human strategy. Otherwise both answer together, as they will be used: the planner's strategy,
     and the generator's reply under it."""
-    turns = [turn for turn in range(len(dialogue)) for _ in range(samples)]
+    turns_of = [[t for t in range(len(dialogue)) for _ in range(samples)] for dialogue in dialogues]
+    asked = list(zip(dialogues, turns_of))
     if task == "vanilla":
-        answers = zip(turns, sampler.whole(dialogue, turns))
-        return [Answer(turn, strategy, reply) for turn, (strategy, reply) in answers]
-    if task == "rg" and routing == "released":
-        written = [dialogue.supporter(turn).strategy for turn in turns]
-    else:
-        written = sampler.plan(dialogue, turns)
-    planned = [sampler.domain.strategies.parse(text) for text in written]
-    readable = [i for i, strategy in enumerate(planned) if strategy]
-    replies = list(written)  # of a strategy that cannot be read, all that was written is kept
+        return [
+            [Answer(turn, strategy, reply) for turn, (strategy, reply) in zip(turns, whole)]
+            for turns, whole in zip(turns_of, sampler.whole(asked))
+        ]
+    drafts = [plan_answers(sampler, task, routing, dialogue, turns) for dialogue, turns in asked]
     if task == "sp" and routing == "released":
-        replies = ["" if strategy else text for strategy, text in zip(planned, written)]
-    else:
-        replied = sampler.write(dialogue, [(turns[i], planned[i]) for i in readable])
-        for i, reply in zip(readable, replied):
-            replies[i] = reply
-    return [Answer(*answer) for answer in zip(turns, planned, replies)]
+        return drafts
+    planned = []
+    for dialogue, draft in zip(dialogues, drafts):
+        planned.append((dialogue, [(a.turn, a.strategy) for a in draft if a.strategy]))
+    answered = []
+    for draft, replies in zip(drafts, sampler.write(planned)):
+        reply = iter(replies)
+        answered.append([replace(a, reply=next(reply)) if a.strategy else a for a in draft])
+    return answered
+
+
+def plan_answers(
+    sampler, task: str, routing: str, dialogue: Dialogue, turns: list[int]
+) -> list[Answer]:
+    """An answer without a reply at each of these turns. If no strategy can be read in what the
+    planner wrote, all of it is kept in the reply's place."""
+    if task == "rg" and routing == "released":
+        return [Answer(turn, dialogue.supporter(turn).strategy, "") for turn in turns]
+    answers = []
+    for turn, text in zip(turns, sampler.plan(dialogue, turns)):
+        strategy = sampler.domain.strategies.parse(text)
+        answers.append(Answer(turn, strategy, "" if strategy else text))
+    return answers
 
 
 def weigh_strategies(sampler, dialogue: Dialogue) -> list[Answer]:

@@ -2,6 +2,7 @@
 tree."""
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from desc.domain import Domain, Strategies
-from desc.encoding import Item, TokenSequence, decode, encode
+from desc.encoding import Item, TokenSequence, decode, encode, tokenize
 from desc.esconv import Dialogue
 from desc.forward import forward, sequence_logps, tree_mask
 from desc.lora import adapter_only
@@ -105,78 +106,113 @@ def draw_strategies(
     return [strategies[i] for i in drawn.tolist()]
 
 
-def write_dialogue(
+def group_dialogues(
+    work: dict[str, Dialogue], tokenizer, max_tokens: int
+) -> list[dict[str, Dialogue]]:
+    """Consecutive dialogues, by key, which are answered at once: what they say is together at most
+    `max_tokens` tokens, unless one alone says more.
+
+    A GPU spends most of a token's time on starting kernels, which are as many for one dialogue as
+    for ten (docs/speed.md)."""
+    groups, room = [], -1
+    for key, dialogue in work.items():
+        tokens = sum(len(tokenize(tokenizer, turn.text)) for turn in dialogue.turns)
+        if tokens > room:
+            groups.append({})
+            room = max_tokens
+        groups[-1][key] = dialogue
+        room -= tokens
+    return groups
+
+
+def write_dialogues(
     model,
     tokenizer,
     config,
     task: str,
-    dialogue: Dialogue,
-    planned: list[tuple[int, str | None]],
+    planned: list[tuple[Dialogue, list[tuple[int, str | None]]]],
     domain: Domain,
-) -> list[str]:
-    """What the module of `task` writes at each (turn, strategy) of `planned`, on the human history:
-    one sampled text each.
+) -> list[list[str]]:
+    """What the module of `task` writes at each (turn, strategy) that is planned for each of some
+    dialogues, on the human history: one sampled text each.
 
     - sp and rg read the history and the strategy where config.layout says.
     - vanilla's answer opens with it as the tag "[strategy]", which is not repeated in the result.
     - None leaves the whole answer to vanilla or sp (free decoding).
 
     The oldest exchanges are dropped to leave room for max_new_tokens."""
-    if not planned:
-        return []
     prompts, room = [], config.max_length - config.max_new_tokens
-    for turn, strategy in planned:
-        messages = build_messages(task, dialogue, turn, strategy, domain, config.layout)
-        tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
-        name = f"{dialogue.id}/{turn}"
-        item = encode(
-            tokenizer, name, dialogue.id, messages, [tag], room, domain.speakers, end=False
-        )
-        prompts.append(item.sequences[0].prompt + item.sequences[0].completion)
-    seed = seed_of(config.seed, "write", dialogue.id)
-    written = generate(model, prompts, config, seed)
-    return [decode(tokenizer, ids) for ids in written]
+    for dialogue, turns in planned:
+        prompts.append([])
+        for turn, strategy in turns:
+            messages = build_messages(task, dialogue, turn, strategy, domain, config.layout)
+            tag = f"[{strategy}]" if task == "vanilla" and strategy else ""
+            name = f"{dialogue.id}/{turn}"
+            item = encode(
+                tokenizer, name, dialogue.id, messages, [tag], room, domain.speakers, end=False
+            )
+            prompts[-1].append(item.sequences[0].prompt + item.sequences[0].completion)
+    seeds = [seed_of(config.seed, "write", dialogue.id) for dialogue, _ in planned]
+    written = generate(model, prompts, config, seeds)
+    return [[decode(tokenizer, ids) for ids in texts] for texts in written]
 
 
-def generate(model, prompts: list[list[int]], config, seed: int) -> list[list[int]]:
-    """One sampled continuation per prompt, without the token that ended it. Temperature 0 takes the
-    likeliest token."""
-    written = [[] for _ in prompts]
-    for branch, token in grow_branches(model, prompts, config, seed):
-        written[branch].append(token)
+def generate(
+    model, prompts: list[list[list[int]]], config, seeds: list[int]
+) -> list[list[list[int]]]:
+    """One sampled continuation of each prompt, without the token that ended it. Prompts come in
+    groups, each with a seed. Temperature 0 takes the likeliest token."""
+    written = [[[] for _ in group] for group in prompts]
+    branches = [ids for group in written for ids in group]
+    for branch, token in grow_branches(model, prompts, config, seeds):
+        branches[branch].append(token)
     return written
 
 
 @torch.no_grad()
-def grow_branches(model, prompts: list[list[int]], config, seed: int) -> Iterator[tuple[int, int]]:
-    """The tokens of `generate` as they are drawn, each with its prompt's index.
+def grow_branches(
+    model, prompts: list[list[list[int]]], config, seeds: list[int]
+) -> Iterator[tuple[int, int]]:
+    """The tokens of `generate` as they are drawn, each with the number of its prompt.
 
-    The prompts are read once, as the tree that they are. Then each continuation is a branch that
-    grows from its prompt's last node, a token at a time, and sees its ancestors and itself
-    alone. Each of the model's end tokens (generation_config.eos_token_id) ends it."""
+    The prompts are read once, as the forest that they are. Then each continuation is a branch that
+    grows from its prompt's last node, a token at a time, and sees its ancestors and itself alone.
+    Each of the model's end tokens (generation_config.eos_token_id) ends it. A group draws with a
+    generator of its own, so what it draws does not depend on the other groups."""
     ends = torch.atleast_1d(torch.tensor(model.generation_config.eos_token_id))
-    forest = grow([TokenSequence(prompt, ends[:1].tolist()) for prompt in prompts])
+    group_of = [i for i, group in enumerate(prompts) for _ in group]
+    growing = list(range(len(group_of)))
+    if not growing:
+        return
+    forest = grow([TokenSequence(p, ends[:1].tolist()) for group in prompts for p in group])
     forest, ends = forest.to(model.device), ends.to(model.device)
-    draw, cache = torch.Generator(model.device).manual_seed(seed), DynamicCache()
-    mask = partial(tree_mask, forest)
+    draws = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+    cache, mask = DynamicCache(), partial(tree_mask, forest)
     logits = forward(model, forest.ids, forest.depth, mask, forest.rows, cache)
-    branches = torch.arange(len(prompts), device=model.device)
-    growing, depth = branches, forest.depth
+    branches, depth = torch.arange(len(growing), device=model.device), forest.depth
+    branch = branches  # those that still grow
     nodes = torch.arange(len(depth), device=model.device)
     # (B, L): what the next token of each branch sees
     visible = sees(forest)(forest.rows[:, None], nodes)
     for length in range(1, config.max_new_tokens + 1):
         odds = temper(logits.float(), config.temperature, config.top_p)
-        tokens = torch.multinomial(odds, 1, generator=draw)[:, 0]
+        counts = Counter(group_of[i] for i in growing)
+        tokens = torch.cat(
+            [
+                torch.multinomial(part, 1, generator=draws[group])[:, 0]
+                for group, part in zip(counts, odds.split(list(counts.values())))
+            ]
+        )
         goes_on = ~torch.isin(tokens, ends)
-        growing, tokens = growing[goes_on], tokens[goes_on]
-        yield from zip(growing.tolist(), tokens.tolist())
-        if len(growing) == 0 or length == config.max_new_tokens:
+        branch, tokens = branch[goes_on], tokens[goes_on]
+        growing = branch.tolist()
+        yield from zip(growing, tokens.tolist())
+        if not growing or length == config.max_new_tokens:
             break
-        new_depth = forest.depth[forest.rows[growing]] + length
+        new_depth = forest.depth[forest.rows[branch]] + length
         depth = torch.cat([depth, new_depth])
-        visible = torch.cat([visible, branches[:, None] == growing], dim=1)
-        mask = partial(branch_mask, visible[growing], new_depth[:, None] - depth)
+        visible = torch.cat([visible, branches[:, None] == branch], dim=1)
+        mask = partial(branch_mask, visible[branch], new_depth[:, None] - depth)
         logits = forward(model, tokens, new_depth, mask, cache=cache)
 
 
@@ -228,14 +264,19 @@ class LocalSampler:
         return temper(logps, self.config.temperature, self.config.top_p)
 
     def write(
-        self, dialogue: Dialogue, planned: list[tuple[int, str]], task: str = "rg"
-    ) -> list[str]:
+        self, planned: list[tuple[Dialogue, list[tuple[int, str]]]], task: str = "rg"
+    ) -> list[list[str]]:
+        """A reply at each (turn, strategy) of each dialogue."""
         with adapter_only(self.model, task):
-            return write_dialogue(
-                self.model, self.tokenizer, self.config, task, dialogue, planned, self.domain
+            return write_dialogues(
+                self.model, self.tokenizer, self.config, task, planned, self.domain
             )
 
-    def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str, str]]:
-        planned = self.plan(dialogue, turns, "vanilla")
-        replies = self.write(dialogue, list(zip(turns, planned)), "vanilla")
-        return list(zip(planned, replies))
+    def whole(self, asked: list[tuple[Dialogue, list[int]]]) -> list[list[tuple[str, str]]]:
+        """(strategy, reply) at these turns of each dialogue, by one model for both."""
+        plans = [self.plan(dialogue, turns, "vanilla") for dialogue, turns in asked]
+        planned = [
+            (dialogue, list(zip(turns, plan))) for (dialogue, turns), plan in zip(asked, plans)
+        ]
+        replies = self.write(planned, "vanilla")
+        return [list(zip(plan, texts)) for plan, texts in zip(plans, replies)]

@@ -20,7 +20,7 @@ from desc.domain import ESCONV
 from desc.esconv import Dialogue, Turn
 from desc.evaluation.tables import mining_table
 from desc.losses import dpo_loss
-from desc.mining import Answer, account, answer_dialogue, route, weigh_strategies
+from desc.mining import Answer, account, answer_dialogues, route, weigh_strategies
 from desc.sampling import LocalSampler
 
 NAMES = ESCONV.strategies
@@ -87,7 +87,7 @@ def test_a_calibrated_planner_is_weighed_as_it_is_drawn(planner):
 def test_at_temperature_0_the_pairs_are_those_that_are_drawn(planner):
     sampler = planner([HALVES, HALVES], 0)
     dialogue = dialogue_of(QUESTION, FEELINGS)
-    drawn = answer_dialogue(sampler, "sp", "released", dialogue, 1)
+    (drawn,) = answer_dialogues(sampler, "sp", "released", [dialogue], 1)
     routed = [
         route("sp", "released", [(dialogue, answers)], ESCONV)
         for answers in (drawn, weigh_strategies(sampler, dialogue))

@@ -30,6 +30,17 @@ def test_a_run_goes_on_after_what_is_whole(tmp_path):
     assert Journal(tmp_path / "new", "answers", SETTINGS).done == again.done
 
 
+def test_a_group_is_left_until_all_of_it_is_done(tmp_path):
+    """And goes to one rank whole."""
+    a, b, c = (record["key"] for record in (A, B, C))
+    groups = [{a: "first"}, {b: "second", c: "third"}, {"d": "fourth"}]
+    journal = Journal(tmp_path, "answers", SETTINGS)
+    journal.append(A)
+    journal.append(B)
+    ranks = [Journal(tmp_path, "answers", SETTINGS, rank, 2) for rank in (0, 1)]
+    assert [rank.left_for_me(groups) for rank in ranks] == [groups[1:2], groups[2:]]
+
+
 def test_other_settings_are_refused_half_way_and_begin_anew_at_the_end(tmp_path, capsys):
     journal = Journal(tmp_path, "answers", SETTINGS)
     other = SETTINGS | {"temperature": 1.0}

@@ -511,19 +511,19 @@ def test_thoughts_never_become_a_strategy_or_a_reply(server):
     server.script = ["<think>Others? No.</think>Question"]
     assert sampler.plan(DIALOGUE, [0]) == ["Question"]
     server.script = ["Others? No.</think>\n[Question] Why?"]
-    assert sampler.whole(DIALOGUE, [0]) == [("Question", "Why?")]
+    assert sampler.whole([(DIALOGUE, [0])]) == [[("Question", "Why?")]]
     for thoughts in ("<think>She is sad", None):
         server.script = [choice(thoughts, "length", reasoning_content="She is sad")]
-        assert sampler.write(DIALOGUE, [(0, "Question")]) == [""]
+        assert sampler.write([(DIALOGUE, [(0, "Question")])]) == [[""]]
     # The server leaves thoughts that were cut off in the content, after it has shown some.
     server.script = [choice("She is sad", "length")]
-    assert sampler.write(DIALOGUE, [(0, "Question")]) == [""]
+    assert sampler.write([(DIALOGUE, [(0, "Question")])]) == [[""]]
 
 
 def test_a_reply_that_was_cut_off_is_kept_and_other_text_too(server):
     sampler = sampler_of(server)
     server.script = [choice("That must be", "length")]
-    assert sampler.write(DIALOGUE, [(0, "Question")]) == ["That must be"]
+    assert sampler.write([(DIALOGUE, [(0, "Question")])]) == [["That must be"]]
     server.script = ["Ask her"]
     assert sampler.plan(DIALOGUE, [0]) == ["Ask her"]
     assert len(server.calls) == 2
@@ -535,7 +535,7 @@ def test_control_marks_in_utterances_are_broken_on_their_way_to_a_server(server,
     turns = (Turn("seeker", text), Turn("supporter", text, "Others"), Turn("seeker", text))
     dialogue = Dialogue("7", (*turns, REPLY))
     sampler = sampler_of(server)
-    sampler.write(dialogue, [(1, "Question")])
+    sampler.write([(dialogue, [(1, "Question")])])
     system, *sent = server.calls[-1][1]["messages"]
     assert "Question" in system["content"] and len(sent) == 3
     assert sent[-1]["content"].endswith("(Strategy of your reply: Question)")
@@ -547,7 +547,8 @@ def test_control_marks_in_utterances_are_broken_on_their_way_to_a_server(server,
 
 def test_ordinary_text_reaches_a_server_unchanged(server):
     text = "I <3 you [sob] :-< 5 < 6 [Ok]"
-    sampler_of(server).write(Dialogue("7", (Turn("seeker", text), REPLY)), [(0, "Question")])
+    dialogue = Dialogue("7", (Turn("seeker", text), REPLY))
+    sampler_of(server).write([(dialogue, [(0, "Question")])])
     sent = server.calls[-1][1]["messages"][1]["content"]
     assert sent == f"{text}\n\n(Strategy of your reply: Question)"
 

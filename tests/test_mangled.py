@@ -658,7 +658,10 @@ def ask_server(tools, folder: Path, body: bytes | int) -> None:
         assert set(opinion.shares) <= set(DIGITS) and isinstance(opinion.text, str)
         config = SampleConfig(max_new_tokens=8)
         sampler = EndpointSampler(endpoint, config, ESCONV)
-        (planned,), ((strategy, reply),) = sampler.plan(dialogue, [0]), sampler.whole(dialogue, [0])
+        (planned,), (((strategy, reply),),) = (
+            sampler.plan(dialogue, [0]),
+            sampler.whole([(dialogue, [0])]),
+        )
         assert (
             isinstance(planned, str)
             and strategy in (*ESCONV.strategies, None)

@@ -17,7 +17,7 @@ from desc.mining import (
     Routed,
     account,
     annotate,
-    answer_dialogue,
+    answer_dialogues,
     find_error,
     label,
     route,
@@ -61,8 +61,8 @@ class Unsure:
     def plan(self, dialogue, turns):
         return ["Question." if turn % 2 else "Let me think" for turn in turns]
 
-    def write(self, dialogue, planned):
-        return [f"{turn} {strategy}" for turn, strategy in planned]
+    def write(self, planned):
+        return [[f"{turn} {strategy}" for turn, strategy in turns] for _, turns in planned]
 
 
 @pytest.mark.parametrize("task", ["sp", "rg", "vanilla"])
@@ -77,8 +77,10 @@ def test_an_answer_that_nobody_judged_makes_no_pair(task):
 @pytest.mark.parametrize("routing, reply", [("paper", "1 Question"), ("released", "")])
 def test_what_names_no_strategy_is_kept_and_makes_no_pair(routing, reply):
     turns = (Turn("seeker", "Hi"), GOLD) * 2
-    answers = answer_dialogue(Unsure(), "sp", routing, Dialogue("7", turns), samples=2)
+    dialogues = [Dialogue("7", turns), Dialogue("8", turns)]
+    answers, others = answer_dialogues(Unsure(), "sp", routing, dialogues, samples=2)
     assert answers == [Answer(0, None, "Let me think")] * 2 + [Answer(1, "Question", reply)] * 2
+    assert others == answers
     assert find_error("sp", routing, GOLD, answers[0], ESCONV) == (
         None,
         "empty or unreadable answer",

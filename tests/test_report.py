@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from desc import DescError
-from desc.domain import Strategies
+from desc.domain import ESCONV, Strategies
 from desc.esconv import Dialogue, Turn
 from desc.evaluation.counts import count_predictions, score_predictions, score_verdicts
 from desc.evaluation.scores import bootstrap_scores, frequency_row, summarise
-from desc.evaluation.systems import System, find_systems
+from desc.evaluation.systems import System, answer_dialogues_as, find_systems, load_systems
 from desc.evaluation.tables import tables
 from desc.judging.judge import RUBRICS
 from desc.metrics import NO_INTERVAL
+from evaluate import EvalConfig
 
 AB = Strategies(("a", "b"))
 CONFIG = SimpleNamespace(temperature=1.0, top_p=1.0, seed=0)
@@ -60,6 +61,32 @@ def test_systems_are_read_from_the_flag():
     assert entry == System("one", "vanilla", "base", "vanilla", "base")
     assert list(both.adapters().items()) == [("sp", "P"), ("rg", "R")]  # sp is always the first
     assert entry.digests() == {"vanilla": "base"} and not entry.plans_as_human
+
+
+@pytest.mark.parametrize("decode", ["scored", "free"])
+def test_dialogues_are_answered_at_once_as_one_at_a_time(toy, sample, decode):
+    """The second is not answered in words."""
+    flags = ["both=sp:base,rg:base", "one=vanilla:base", "alone=sp:base"]
+    config = EvalConfig(systems=flags, max_new_tokens=6, decode=decode, seeds=2)
+    systems, dialogues = find_systems(config), sample[:3]
+    replied = {dialogues[0].id, dialogues[2].id}
+
+    def answer(some):
+        loaded = load_systems(config, *toy, systems, ESCONV.strategies)
+        return [
+            answer_dialogues_as(system, loaded, config, some, ESCONV, replied) for system in systems
+        ]
+
+    one_at_a_time = [answer([dialogue]) for dialogue in dialogues]
+    for at_once, *alone in zip(answer(dialogues), *one_at_a_time):
+        for record, (other,) in zip(at_once, alone, strict=True):
+            for logps, others in zip(record.pop("logps"), other.pop("logps"), strict=True):
+                assert logps == pytest.approx(others, abs=1e-4)
+            assert record == other
+    both, one, alone = answer(dialogues)
+    assert [bool(record["replies"]) for record in both] == [True, False, True]
+    assert [bool(record["replies"]) for record in one] == [True, False, True]
+    assert not any(record["replies"] for record in alone)
 
 
 @pytest.mark.parametrize(

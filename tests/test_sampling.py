@@ -11,8 +11,16 @@ from architectures import KINDS, build, configure
 from desc import attention, sampling
 from desc.domain import ESCONV
 from desc.encoding import encode
+from desc.esconv import Dialogue, Turn
 from desc.prompts import Layout, build_messages
-from desc.sampling import draw_strategies, generate, score_strategies, temper, write_dialogue
+from desc.sampling import (
+    draw_strategies,
+    generate,
+    group_dialogues,
+    score_strategies,
+    temper,
+    write_dialogues,
+)
 
 CONFIG = SimpleNamespace(
     layout=Layout(strategy_at="system"),
@@ -75,7 +83,7 @@ def test_branches_of_a_tree_grow_as_each_prompt_would_alone(kind, toy, device):
     def greedy(stop, max_new_tokens=10):
         model.generation_config.eos_token_id = stop
         config = SimpleNamespace(temperature=0, top_p=1.0, max_new_tokens=max_new_tokens)
-        return generate(model, prompts, config, seed=0)
+        return generate(model, [prompts], config, [0])[0]
 
     alone = []
     for prompt in prompts:
@@ -107,7 +115,8 @@ def test_draws_depend_on_seed_and_dialogue_alone(toy_on_device, sample):
 
     def write(config):
         planned = [(turn, "Question") for turn in range(len(dialogue))]
-        return write_dialogue(model, tokenizer, config, "rg", dialogue, planned, ESCONV)
+        (replies,) = write_dialogues(model, tokenizer, config, "rg", [(dialogue, planned)], ESCONV)
+        return replies
 
     logps = score_strategies(model, tokenizer, "vanilla", [dialogue], ESCONV, CONFIG)
     strategies = draw_strategies(logps, CONFIG, dialogue, ESCONV.strategies)
@@ -120,6 +129,38 @@ def test_draws_depend_on_seed_and_dialogue_alone(toy_on_device, sample):
     assert write(SimpleNamespace(**vars(CONFIG) | {"seed": 1})) != replies
 
 
+def test_dialogues_are_answered_at_once_as_each_alone(toy_on_device, sample, monkeypatch):
+    """Replies end at different lengths, and those of one dialogue before those of another."""
+    model, tokenizer = toy_on_device
+    monkeypatch.setattr(model.generation_config, "eos_token_id", list(range(0, len(tokenizer), 5)))
+    config = SimpleNamespace(**vars(CONFIG) | {"max_new_tokens": 12})
+    planned = [
+        (dialogue, [(turn, "Question") for turn in range(count)])
+        for dialogue, count in zip(sample, (4, 0, 1, 5))
+    ]
+    at_once = write_dialogues(model, tokenizer, config, "rg", planned, ESCONV)
+    alone = [write_dialogues(model, tokenizer, config, "rg", [one], ESCONV)[0] for one in planned]
+    assert at_once == alone
+    assert [len(replies) for replies in at_once] == [4, 0, 1, 5]
+    lengths = {len(tokenizer(reply).input_ids) for replies in at_once for reply in replies}
+    assert len(lengths) > 3
+
+
+def test_dialogues_are_grouped_by_what_they_say():
+    """In order, by 7 tokens: 3 + 4, then 2, which has no room for 9, then 9 alone, then 1."""
+
+    def tokenizer(text, add_special_tokens):
+        return SimpleNamespace(input_ids=text.split())
+
+    work = {}
+    for key, words in zip("abcde", (3, 4, 2, 9, 1)):
+        turns = Turn("seeker", "Hi"), Turn("supporter", "so " * (words - 1), "Others")
+        work[key] = Dialogue(key, turns)
+    groups = group_dialogues(work, tokenizer, 7)
+    assert [list(group) for group in groups] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert groups[0]["b"] is work["b"]
+
+
 def test_a_reply_keeps_its_blanks_and_added_words(toy, sample, monkeypatch):
     """Also with a tokenizer whose own settings would clean up what it decodes."""
     tokenizer = deepcopy(toy[1])
@@ -128,8 +169,8 @@ def test_a_reply_keeps_its_blanks_and_added_words(toy, sample, monkeypatch):
     texts = ["I do n't know , ok ?", "[Question] It 's ok ."]
     written = [tokenizer(f" {text}\n<|user|>").input_ids for text in texts]
     assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in written] != texts
-    monkeypatch.setattr(sampling, "generate", lambda *args: written)
-    planned = [(0, "Question"), (1, "Question")]
+    monkeypatch.setattr(sampling, "generate", lambda *args: [written])
+    planned = [(sample[0], [(0, "Question"), (1, "Question")])]
     for task in ("rg", "vanilla"):
-        replies = write_dialogue(None, tokenizer, CONFIG, task, sample[0], planned, ESCONV)
-        assert replies == texts
+        replies = write_dialogues(None, tokenizer, CONFIG, task, planned, ESCONV)
+        assert replies == [texts]

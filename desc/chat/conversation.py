@@ -118,7 +118,7 @@ class Chat:
         print(f"{speaker} [{strategy}]: ", end="", flush=True)
         try:
             with adapter_only(self.model, f"rg-{stage}"):
-                branches = grow_branches(self.model, [prompt], config, seed)
+                branches = grow_branches(self.model, [[prompt]], config, [seed])
                 for piece in stream_text(self.tokenizer, (token for _, token in branches)):
                     reply += piece
                     print(piece, end="", flush=True)

@@ -34,7 +34,7 @@ def write_page(path: str | Path, results: dict) -> None:
       "speakers"    what the domain calls who is answered, and who answers
       "systems"     {system: row}, as desc.evaluation.scores.summarise makes them
       "answers"     {system: one record per dialogue}, as
-                    desc.evaluation.systems.answer_dialogue_as makes them
+                    desc.evaluation.systems.answer_dialogues_as makes them
       "dialogues"   [{"id", "turns"}], in the order of the records
       "curves"      {DPO run: the records of its metrics.jsonl}
       "frontiers"   {system: …}, as desc.evaluation.frontier.frontiers makes them

@@ -1,6 +1,7 @@
 """The systems that are compared: which there are, the strategies they plan and the replies they
 write."""
 
+from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from desc.evaluation.scores import FREQUENCIES
 from desc.judging.judge import Judge, contest, rate
 from desc.lora import adapter_only
 from desc.mining import Annotator, Case
-from desc.sampling import draw_strategies, score_strategies, write_dialogue
+from desc.sampling import draw_strategies, score_strategies, write_dialogues
 from desc.storage.adapters import adapter_digest
 
 BASE = "base"  # instead of an adapter's folder: the model without an adapter
@@ -194,54 +195,61 @@ class Plan:
 
 
 def plan_strategies(
-    system: System, loaded: LoadedModel, config, dialogue: Dialogue, domain: Domain
-) -> Plan:
-    """What the planner of a system plans on the human history, with config.seeds seeds.
+    system: System, loaded: LoadedModel, config, dialogues: list[Dialogue], domain: Domain
+) -> list[Plan]:
+    """What the planner of a system plans for each dialogue, on the human history, with config.seeds
+    seeds.
 
     `config` is evaluate.py's; its `decode` says how the planner is asked."""
     if system.plans_as_human:
-        gold = gold_strategies([dialogue])
-        return Plan([gold] * config.seeds, [], [])
+        golds = [gold_strategies([dialogue]) for dialogue in dialogues]
+        return [Plan([gold] * config.seeds, [], []) for gold in golds]
     asked = loaded.configs[system.planner, system.planner_adapter]
     configs = [replace(asked, seed=config.seed + i) for i in range(config.seeds)]
     with loaded.with_adapter(system.planner, system.planner_adapter):
         if config.decode == "scored":
-            return plan_scored(system, loaded, configs, dialogue, domain)
-        return plan_freely(system.planner, loaded, configs, dialogue, domain)
+            return plan_scored(system, loaded, configs, dialogues, domain)
+        return plan_freely(system.planner, loaded, configs, dialogues, domain)
 
 
 def plan_scored(
-    system: System, loaded: LoadedModel, configs: list, dialogue: Dialogue, domain: Domain
-) -> Plan:
+    system: System, loaded: LoadedModel, configs: list, dialogues: list[Dialogue], domain: Domain
+) -> list[Plan]:
     """Strategies drawn from the exact distribution over all names, once by each of `configs`. The
     next system may have the same planner, so what was computed last is kept."""
-    key = system.planner, system.planner_adapter, dialogue.id
+    key = system.planner, system.planner_adapter, tuple(dialogue.id for dialogue in dialogues)
     if key not in loaded.scored:
         loaded.scored.clear()
         loaded.scored[key] = score_strategies(
-            loaded.model, loaded.tokenizer, system.planner, [dialogue], domain, configs[0]
+            loaded.model, loaded.tokenizer, system.planner, dialogues, domain, configs[0]
         )
-    logps = loaded.scored[key]
-    if system.calibrated:
-        logps = loaded.calibrations[system.planner_adapter].apply(logps)
-    predicted = [draw_strategies(logps, config, dialogue, domain.strategies) for config in configs]
-    return Plan(predicted, logps.tolist(), [])
+    plans = []
+    for dialogue, logps in zip(dialogues, loaded.scored[key].split(list(map(len, dialogues)))):
+        if system.calibrated:
+            logps = loaded.calibrations[system.planner_adapter].apply(logps)
+        drawn = [draw_strategies(logps, config, dialogue, domain.strategies) for config in configs]
+        plans.append(Plan(drawn, logps.tolist(), []))
+    return plans
 
 
 def plan_freely(
-    task: str, loaded: LoadedModel, configs: list, dialogue: Dialogue, domain: Domain
-) -> Plan:
+    task: str, loaded: LoadedModel, configs: list, dialogues: list[Dialogue], domain: Domain
+) -> list[Plan]:
     """Strategies written freely and parsed, as the paper does; once by each of `configs`."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    unplanned = [(turn, None) for turn in range(len(dialogue))]
+    unplanned = [
+        (dialogue, [(turn, None) for turn in range(len(dialogue))]) for dialogue in dialogues
+    ]
     texts_by_seed = [
-        write_dialogue(model, tokenizer, config, task, dialogue, unplanned, domain)
+        write_dialogues(loaded.model, loaded.tokenizer, config, task, unplanned, domain)
         for config in configs
     ]
-    predicted = [
-        [parse_strategy(task, text, domain.strategies) for text in texts] for texts in texts_by_seed
-    ]
-    return Plan(predicted, [], texts_by_seed[0])
+    plans = []
+    for by_seed in zip(*texts_by_seed):  # of one dialogue
+        predicted = [
+            [parse_strategy(task, text, domain.strategies) for text in texts] for texts in by_seed
+        ]
+        plans.append(Plan(predicted, [], by_seed[0]))
+    return plans
 
 
 def parse_strategy(task: str, text: str, strategies: Strategies) -> str | None:
@@ -252,46 +260,53 @@ def parse_strategy(task: str, text: str, strategies: Strategies) -> str | None:
     return strategies.parse(text)
 
 
-def answer_dialogue_as(
+def answer_dialogues_as(
     system: System,
     loaded: LoadedModel,
     config,
-    dialogue: Dialogue,
+    dialogues: list[Dialogue],
     domain: Domain,
-    with_replies: bool,
-) -> dict:
-    """The record of what a system answers at the T supporter turns of a dialogue, on the human
+    replied: Container[str],
+) -> list[dict]:
+    """The record of what a system answers at the T supporter turns of each dialogue, on the human
     history.
 
     "predicted" and "logps" are those of a Plan. "replies" (T) follow the first seed's strategies,
-    and "followed" (T) names these; without `with_replies`, or without a generator, "replies" is [].
-    "gold" and "human" (T) are the strategies and texts of the human supporter. `config` is
-    evaluate.py's."""
-    plan = plan_strategies(system, loaded, config, dialogue, domain)
-    # A generator needs a strategy, even if the planner wrote none.
-    followed = [name or domain.strategies[-1] for name in plan.predicted[0]]
-    replies = []
-    if with_replies and system.generator == "vanilla" and plan.written:
-        # Free decoding has written the replies already, each behind its strategy.
-        followed = [name or "none" for name in plan.predicted[0]]
-        replies = [domain.strategies.split_tag(text)[1] for text in plan.written]
-    elif with_replies and system.generator:
-        model, tokenizer = loaded.model, loaded.tokenizer
-        planned = list(enumerate(followed))
+    and "followed" (T) names these; without a generator, or if the dialogue's id is not in
+    `replied`, "replies" is []. "gold" and "human" (T) are the strategies and texts of the human
+    supporter. `config` is evaluate.py's."""
+    plans = plan_strategies(system, loaded, config, dialogues, domain)
+    records, waiting = [], []  # for their replies
+    for dialogue, plan in zip(dialogues, plans):
+        human = dialogue.supporter_turns()
+        record = {
+            "dialogue": dialogue.id,
+            "gold": [turn.strategy for turn in human],
+            "predicted": plan.predicted,
+            "logps": plan.logps,
+            "human": [turn.text for turn in human],
+            "replies": [],
+            # A generator needs a strategy, even if the planner wrote none.
+            "followed": [name or domain.strategies[-1] for name in plan.predicted[0]],
+        }
+        records.append(record)
+        if dialogue.id not in replied or not system.generator:
+            continue
+        if system.generator == "vanilla" and plan.written:
+            # Free decoding has written the replies already, each behind its strategy.
+            record["followed"] = [name or "none" for name in plan.predicted[0]]
+            record["replies"] = [domain.strategies.split_tag(text)[1] for text in plan.written]
+        else:
+            waiting.append((dialogue, record))
+    if waiting:
+        planned = [(dialogue, list(enumerate(record["followed"]))) for dialogue, record in waiting]
         task, adapter = system.generator, system.generator_adapter
-        asked = loaded.configs[task, adapter]
+        asked, model, tokenizer = loaded.configs[task, adapter], loaded.model, loaded.tokenizer
         with loaded.with_adapter(task, adapter):
-            replies = write_dialogue(model, tokenizer, asked, task, dialogue, planned, domain)
-    human = dialogue.supporter_turns()
-    return {
-        "dialogue": dialogue.id,
-        "gold": [turn.strategy for turn in human],
-        "predicted": plan.predicted,
-        "logps": plan.logps,
-        "human": [turn.text for turn in human],
-        "replies": replies,
-        "followed": followed,
-    }
+            written = write_dialogues(model, tokenizer, asked, task, planned, domain)
+        for (_, record), replies in zip(waiting, written):
+            record["replies"] = replies
+    return records
 
 
 def annotate_and_judge(

@@ -28,17 +28,17 @@ class EndpointSampler:
         return self.answer_turns(dialogue, [(turn, None) for turn in turns], task)
 
     def write(
-        self, dialogue: Dialogue, planned: list[tuple[int, str]], task: str = "rg"
-    ) -> list[str]:
-        """A reply at each (turn, strategy)."""
-        return self.answer_turns(dialogue, planned, task)
+        self, planned: list[tuple[Dialogue, list[tuple[int, str]]]], task: str = "rg"
+    ) -> list[list[str]]:
+        """A reply at each (turn, strategy) of each dialogue."""
+        return [self.answer_turns(dialogue, turns, task) for dialogue, turns in planned]
 
-    def whole(self, dialogue: Dialogue, turns: list[int]) -> list[tuple[str | None, str]]:
-        """(strategy, reply) at each turn, by one model for both.
+    def whole(self, asked: list[tuple[Dialogue, list[int]]]) -> list[list[tuple[str | None, str]]]:
+        """(strategy, reply) at these turns of each dialogue, by one model for both.
 
         If no strategy can be read, it is None, and the reply is the whole text."""
-        texts = self.answer_turns(dialogue, [(turn, None) for turn in turns], "vanilla")
-        return [self.domain.strategies.split_tag(text) for text in texts]
+        written = [self.plan(dialogue, turns, "vanilla") for dialogue, turns in asked]
+        return [[self.domain.strategies.split_tag(text) for text in texts] for texts in written]
 
     def answer_turns(
         self, dialogue: Dialogue, planned: Sequence[tuple[int, str | None]], task: str

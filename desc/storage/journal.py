@@ -127,9 +127,11 @@ class Journal:
         records = [unseal(record, where) for where, record in sealed]
         return {record["key"]: record for record in records}
 
-    def left_for_me(self, work: dict) -> list[tuple]:
-        """What is not done yet of `work`, units by key; of that this rank's share: (key, unit)."""
-        left = [(key, unit) for key, unit in work.items() if key not in self.done]
+    def left_for_me(self, groups: list[dict]) -> list[dict]:
+        """Of groups of units, by key, those that are not all done; of these this rank's share.
+
+        A group stays whole, so that its units are answered as they would be without a kill."""
+        left = [group for group in groups if not group.keys() <= self.done.keys()]
         return left[self.rank :: self.world_size]
 
     def append(self, record: dict) -> None:
