@@ -197,7 +197,7 @@ def main():
     annotator = make_annotator(config, model, tokenizer, endpoint)
     judge = make_judge(config, model, tokenizer, endpoint)
 
-    # Answer each dialogue that has no line in the journal yet.
+    # Answer the dialogues that have no line in the journal yet, some at once.
     settings = journal_settings_of(config, systems)
     cli.claim_folders(config.folder)
     if endpoint:
@@ -209,7 +209,8 @@ def main():
     keys = [work_key(dialogue, strategies, dialogue.id in replied_ids) for dialogue in test]
     groups = group_dialogues(dict(zip(keys, test)), tokenizer, config.max_tokens)
     work = journal.left_for_me(groups)
-    bar = cli.progress(model, sum(map(len, work)), "evaluate", "dialogues")
+    left = sum(key not in journal.done for group in work for key in group)
+    bar = cli.progress(model, left, "evaluate", "dialogues")
     for group in work:
         dialogues = list(group.values())
         answered = {}  # by system
@@ -218,7 +219,6 @@ def main():
                 system, loaded, config, dialogues, domain, replied_ids
             )
         for i, (key, dialogue) in enumerate(group.items()):
-            bar.update()
             if key in journal.done:  # a kill cut the group in two
                 continue
             records = {name: answers[i] for name, answers in answered.items()}
@@ -226,6 +226,7 @@ def main():
             journal.append(
                 {"key": key, "dialogue": dialogue.id, "systems": records, "judgements": transcript}
             )
+            bar.update()
     bar.close()
     ranks.wait_for_all()
     if endpoint:

@@ -102,6 +102,11 @@ class MineConfig(SampleConfig, AskConfig, TaskConfig):
         return self.routing != "released" and self.task != "vanilla"
 
     @property
+    def writes_replies(self) -> bool:
+        """Whether answers have replies, or name strategies alone."""
+        return self.together or self.task != "sp"
+
+    @property
     def loads_model(self) -> bool:
         """Whether anything is computed here, or an endpoint does it all."""
         mines_here = self.sampler == "local" and not self.agreement
@@ -244,10 +249,11 @@ def main():
     if done:
         print(f"{done} of {len(work)} dialogues are answered already in {folder}")
     groups = [{key: dialogue} for key, dialogue in work.items()]
-    if config.sampler == "local":
+    if config.sampler == "local" and config.writes_replies:  # samples are so many more branches
         groups = group_dialogues(work, tokenizer, config.max_tokens // config.samples)
     mine = journal.left_for_me(groups)
-    bar = cli.progress(model, sum(map(len, mine)), f"mine {config.task}", "dialogues")
+    left = sum(key not in journal.done for group in mine for key in group)
+    bar = cli.progress(model, left, f"mine {config.task}", "dialogues")
     for group in mine:
         dialogues = list(group.values())
         if config.exact:
@@ -257,13 +263,13 @@ def main():
                 sampler, config.task, config.routing, dialogues, config.samples
             )
         for key, dialogue, answers in zip(group, dialogues, answered):
-            bar.update()
             if key in journal.done:  # a kill cut the group in two
                 continue
-            if annotator and (config.together or config.task != "sp"):
+            if annotator and config.writes_replies:
                 answers = annotate(annotator, config.routing, dialogue, answers)
             record = {"key": key, "split": split_of[key], "dialogue": dialogue.id}
             journal.append(record | {"answers": [asdict(answer) for answer in answers]})
+            bar.update()
     bar.close()
 
     ranks.wait_for_all()

@@ -13,7 +13,7 @@ other. Each figure is printed and appended to --out as soon as it is measured. T
     sp.trl, rg.trl                      TRL + PEFT on some of these pairs, by batch size
     tests                               pytest --cuda
     scripts                             the programs themselves, on the toy model
-    replies                             what a generator writes in dialogues, one at a time and more
+    replies                             what a generator writes in one dialogue and in several
     sp.compiled, rg.compiled            as the first, with --compile
     profile                             the kernels of one forest, eager and compiled
     attention                           one layer's attention by number of nodes, beside SDPA

@@ -170,7 +170,7 @@ def measure_replies(config) -> None:
     for item in encode_pairs(config, tokenizer, long_pairs(config)):
         prompts.setdefault(item.dialogue, []).append(item.sequences[0].prompt)
     settings = SimpleNamespace(temperature=0.7, top_p=0.95, max_new_tokens=32)
-    for count in sorted({1, 2, 4, len(prompts)}):
+    for count in sorted({min(count, len(prompts)) for count in (1, 2, 4, 8, 16)}):
         groups = list(prompts.values())[:count]
         for repeat in (1, 2):  # the first loads kernels
 

@@ -127,8 +127,9 @@ class DataConfig(Config):
     )
     max_tokens: int = flag(
         1024,
-        "tree nodes in one forward pass, or twice the longest sequence where that is more; and what"
-        " dialogues that are answered at once say together; less needs less memory",
+        "tree nodes in one forward pass, or twice the longest sequence where that is more; mining"
+        " and evaluation answer dialogues of so many tokens of text at once; less needs less"
+        " memory",
         at_least=1,
         at_most=MANY,
     )

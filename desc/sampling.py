@@ -112,12 +112,12 @@ def group_dialogues(
     """Consecutive dialogues, by key, which are answered at once: what they say is together at most
     `max_tokens` tokens, unless one alone says more.
 
-    A GPU spends most of a token's time on starting kernels, which are as many for one dialogue as
-    for ten (docs/speed.md)."""
-    groups, room = [], -1
+    On a GPU a token's time probably goes into starting kernels, which are as many for one dialogue
+    as for ten (docs/speed.md)."""
+    groups, room = [], 0
     for key, dialogue in work.items():
         tokens = sum(len(tokenize(tokenizer, turn.text)) for turn in dialogue.turns)
-        if tokens > room:
+        if tokens > room or not groups:
             groups.append({})
             room = max_tokens
         groups[-1][key] = dialogue
@@ -179,11 +179,11 @@ def grow_branches(
     grows from its prompt's last node, a token at a time, and sees its ancestors and itself alone.
     Each of the model's end tokens (generation_config.eos_token_id) ends it. A group draws with a
     generator of its own, so what it draws does not depend on the other groups."""
-    ends = torch.atleast_1d(torch.tensor(model.generation_config.eos_token_id))
     group_of = [i for i, group in enumerate(prompts) for _ in group]
     growing = list(range(len(group_of)))
     if not growing:
         return
+    ends = torch.atleast_1d(torch.tensor(model.generation_config.eos_token_id))
     forest = grow([TokenSequence(p, ends[:1].tolist()) for group in prompts for p in group])
     forest, ends = forest.to(model.device), ends.to(model.device)
     draws = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
@@ -197,12 +197,11 @@ def grow_branches(
     for length in range(1, config.max_new_tokens + 1):
         odds = temper(logits.float(), config.temperature, config.top_p)
         counts = Counter(group_of[i] for i in growing)
-        tokens = torch.cat(
-            [
-                torch.multinomial(part, 1, generator=draws[group])[:, 0]
-                for group, part in zip(counts, odds.split(list(counts.values())))
-            ]
-        )
+        noise = torch.empty_like(odds)
+        for group, part in zip(counts, noise.split(list(counts.values()))):
+            part.exponential_(generator=draws[group])
+        # As torch.multinomial draws, but for its checks, each of which waits for the GPU.
+        tokens = (odds / noise).argmax(-1)
         goes_on = ~torch.isin(tokens, ends)
         branch, tokens = branch[goes_on], tokens[goes_on]
         growing = branch.tolist()

@@ -24,7 +24,9 @@ from desc.mining import (
 )
 from desc.pairs import Pair, Unpaired, add_mismatched, encode_unpaired, read_pairs, read_unpaired
 from desc.prompts import Layout
+from desc.sampling import LocalSampler
 from desc.storage.files import write_lines
+from mine_preferences import MineConfig
 
 GOLD = Turn("supporter", "How are you?", "Question")
 PROMPT = [{"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}]
@@ -85,6 +87,20 @@ def test_what_names_no_strategy_is_kept_and_makes_no_pair(routing, reply):
         None,
         "empty or unreadable answer",
     )
+
+
+@pytest.mark.parametrize(
+    "task, routing", [("vanilla", "released"), ("rg", "released"), ("rg", "paper"), ("sp", "paper")]
+)
+def test_dialogues_are_answered_at_once_as_one_at_a_time(task, routing, toy, sample):
+    sampler = LocalSampler(*toy, MineConfig(task=task, max_new_tokens=6), ESCONV)
+    at_once = answer_dialogues(sampler, task, routing, sample[:3], samples=2)
+    assert at_once == [
+        answer_dialogues(sampler, task, routing, [dialogue], samples=2)[0]
+        for dialogue in sample[:3]
+    ]
+    assert [len(answers) for answers in at_once] == [2 * len(dialogue) for dialogue in sample[:3]]
+    assert all(answer.strategy and answer.reply for answers in at_once for answer in answers)
 
 
 NOT_MINE = "not this module's fault"

@@ -228,7 +228,7 @@ def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
     common += ("--out", tmp_path)
     (tmp_path / "sp").mkdir()
     os.symlink(out / "sp" / "sft", tmp_path / "sp" / "sft")
-    mine = ("mine_preferences.py", *common, "--max-new-tokens", 6, "--max-tokens", 4096)
+    mine = ("mine_preferences.py", *common, "--max-new-tokens", 6)
     journal = tmp_path / "sp" / "answers.0.jsonl"
     killed = subprocess.Popen(command(*mine), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while killed.poll() is None and not (
@@ -242,7 +242,7 @@ def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
     journal.write_bytes(b"".join(written[:2]) + b'{"split": "train", "dialo')
     printed = run("mine_preferences.py", *common, "--max-new-tokens", 7, fails=True)
     assert "was begun with another max_new_tokens" in printed
-    run(*mine)
+    run(*mine, "--max-tokens", 4096)
     for name in ("answers", "pairs"):
         mined = (lines(folder / "sp" / f"{name}.jsonl") for folder in (tmp_path, out))
         assert next(mined) == next(mined)

@@ -276,7 +276,7 @@ def answer_dialogues_as(
     `replied`, "replies" is []. "gold" and "human" (T) are the strategies and texts of the human
     supporter. `config` is evaluate.py's."""
     plans = plan_strategies(system, loaded, config, dialogues, domain)
-    records, waiting = [], []  # for their replies
+    records, waiting, planned = [], [], []  # those that wait for replies, under what is planned
     for dialogue, plan in zip(dialogues, plans):
         human = dialogue.supporter_turns()
         record = {
@@ -297,14 +297,14 @@ def answer_dialogues_as(
             record["followed"] = [name or "none" for name in plan.predicted[0]]
             record["replies"] = [domain.strategies.split_tag(text)[1] for text in plan.written]
         else:
-            waiting.append((dialogue, record))
+            waiting.append(record)
+            planned.append((dialogue, list(enumerate(record["followed"]))))
     if waiting:
-        planned = [(dialogue, list(enumerate(record["followed"]))) for dialogue, record in waiting]
         task, adapter = system.generator, system.generator_adapter
         asked, model, tokenizer = loaded.configs[task, adapter], loaded.model, loaded.tokenizer
         with loaded.with_adapter(task, adapter):
             written = write_dialogues(model, tokenizer, asked, task, planned, domain)
-        for (_, record), replies in zip(waiting, written):
+        for record, replies in zip(waiting, written):
             record["replies"] = replies
     return records
 

@@ -1,5 +1,5 @@
-"""What a long run has done so far, dialogue by dialogue: killed and started again, it goes on from
-there, on any number of ranks."""
+"""What a long run has done so far, by dialogue: killed and started again, it goes on from there, on
+any number of ranks."""
 
 import hashlib
 import json
@@ -130,7 +130,8 @@ class Journal:
     def left_for_me(self, groups: list[dict]) -> list[dict]:
         """Of groups of units, by key, those that are not all done; of these this rank's share.
 
-        A group stays whole, so that its units are answered as they would be without a kill."""
+        A group stays whole, so that its units are answered as they would be without a kill, if
+        groups are the same; otherwise up to rounding."""
         left = [group for group in groups if not group.keys() <= self.done.keys()]
         return left[self.rank :: self.world_size]
 
