@@ -47,30 +47,41 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.adapters = nn.ModuleDict()
         self.off: set[str] = set()  # names of adapters that are switched off
+        self.ready: tuple[torch.Tensor, torch.Tensor] | None = None  # factors(), while they stay
+
+    def used(self) -> dict[str, Adapter]:
+        """A frozen adapter that is off is left out. A trainable one that is off stays in with its B
+        set to zero: policy and reference then run the same kernels on the same shapes, so they
+        agree to the bit where they should."""
+        return {n: a for n, a in self.adapters.items() if n not in self.off or a.A.requires_grad}
+
+    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """[A₁; A₂] (r₁ + r₂, in) and [scale₁ B₁, scale₂ B₂] (out, r₁ + r₂) of the adapters that are
+        used.
+
+        Cast where they are used: the products run in the base model's dtype, while the optimizer
+        sees fp32. And cast before they are scaled, because FSDP hands them over cast."""
+        A, B = [], []
+        for name, adapter in self.used().items():
+            A.append(adapter.A.to(dtype))
+            B.append(adapter.B.to(dtype) * (0.0 if name in self.off else adapter.scale))
+        return torch.cat(A), torch.cat(B, dim=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in) -> (…, out). All adapters together are two products:
 
             B₁ A₁ x + B₂ A₂ x = [B₁ B₂] [A₁; A₂] x
 
-        A frozen adapter that is off is left out. A trainable one that is off stays in with its B
-        set to zero: policy and reference then run the same kernels on the same shapes, so they
-        agree to the bit where they should."""
-        used = [(n, a) for n, a in self.adapters.items() if n not in self.off or a.A.requires_grad]
+        whose factors are stacked by `factors`."""
+        used = list(self.used().values())
         if not used:
             return super().forward(x)
-        # Cast where they are used: the products run in the base model's dtype, while the optimizer
-        # sees fp32. And cast before they are scaled, because FSDP hands them over cast.
-        A = [adapter.A.to(x.dtype) for _, adapter in used]
-        scales = [0.0 if name in self.off else adapter.scale for name, adapter in used]
-        B = [adapter.B.to(x.dtype) * scale for (_, adapter), scale in zip(used, scales)]
-        has_dropout = any(adapter.dropout.p > 0 for _, adapter in used)
-        if has_dropout:  # each adapter drops inputs of its own
-            inner = [F.linear(adapter.dropout(x), a) for (_, adapter), a in zip(used, A)]
-            inner = torch.cat(inner, dim=-1)  # (…, r₁ + r₂)
+        A, B = self.ready or self.factors(x.dtype)
+        if any(adapter.dropout.p > 0 for adapter in used):  # each drops inputs of its own
+            parts = zip(used, A.split([len(adapter.A) for adapter in used]))
+            inner = torch.cat([F.linear(adapter.dropout(x), a) for adapter, a in parts], dim=-1)
         else:
-            inner = F.linear(x, torch.cat(A))
-        B = torch.cat(B, dim=1)  # (out, r₁ + r₂)
+            inner = F.linear(x, A)  # (…, r₁ + r₂)
         y = F.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
         # Added where it lies, because a second tensor (…, out) would cost time.
         y.addmm_(inner.reshape(len(y), B.shape[1]), B.T)
@@ -166,6 +177,21 @@ def adapter_only(model, *names: str):
     """adapter_off for all adapters but `names`."""
     attached = {name for layer in lora_layers(model).values() for name in layer.adapters}
     return adapter_off(model, *attached - set(names))
+
+
+@contextmanager
+def ready_adapters(model):
+    """Within this context adapters are cast, scaled and stacked once, instead of in every pass. It
+    is for many passes over few tokens, without gradients, in which no adapter is switched."""
+    layers = [layer for layer in lora_layers(model).values() if layer.used()]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.ready = layer.factors(layer.weight.dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.ready = None
 
 
 def merge_adapters(model) -> None:

@@ -14,7 +14,7 @@ from desc.domain import Domain, Strategies
 from desc.encoding import Item, TokenSequence, decode, encode, tokenize
 from desc.esconv import Dialogue
 from desc.forward import forward, sequence_logps, tree_mask
-from desc.lora import adapter_only
+from desc.lora import adapter_only, ready_adapters
 from desc.prompts import build_messages
 from desc.tree import Forest, grow, pack, sees
 
@@ -164,8 +164,9 @@ def generate(
     groups, each with a seed. Temperature 0 takes the likeliest token."""
     written = [[[] for _ in group] for group in prompts]
     branches = [ids for group in written for ids in group]
-    for branch, token in grow_branches(model, prompts, config, seeds):
-        branches[branch].append(token)
+    with ready_adapters(model):
+        for branch, token in grow_branches(model, prompts, config, seeds):
+            branches[branch].append(token)
     return written
 
 

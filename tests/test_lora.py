@@ -35,6 +35,7 @@ from desc.lora import (
     load_adapter,
     lora_layers,
     merge_adapters,
+    ready_adapters,
     save_adapter,
 )
 from desc.storage.adapters import CONFIG, WEIGHTS
@@ -176,6 +177,27 @@ def test_an_adapter_is_on_again_after_an_exception(model):
     with pytest.raises(KeyboardInterrupt), adapter_off(model, "sft"):
         raise KeyboardInterrupt
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ready_adapters_give_the_same_to_the_bit(model, dtype):
+    """What they were made of is not read again, until the context ends."""
+    model.to(dtype)
+    add_random(model, "sft")
+    add_random(model, "dpo", rank=3, alpha=2, targets=("q_proj", "up_proj"))
+    with adapter_off(model, "dpo"):
+        one = logits(model)
+    both = logits(model)
+    model.requires_grad_(False)
+    for off, expected in (((), both), (("dpo",), one)):
+        with adapter_off(model, *off), ready_adapters(model):
+            assert torch.equal(logits(model), expected)
+    with pytest.raises(KeyboardInterrupt), ready_adapters(model):
+        for layer in lora_layers(model).values():
+            layer.adapters["sft"].B.data.zero_()
+        assert torch.equal(logits(model), both)
+        raise KeyboardInterrupt
+    assert distance(logits(model), both) > 0.01
 
 
 def test_only_the_newest_adapter_is_trained(model):

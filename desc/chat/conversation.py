@@ -15,7 +15,7 @@ from desc.domain import Domain
 from desc.encoding import Item, encode
 from desc.esconv import Dialogue, Turn
 from desc.flags import SampleConfig
-from desc.lora import adapter_only
+from desc.lora import adapter_only, ready_adapters
 from desc.prompts import build_messages
 from desc.sampling import grow_branches, score, seed_of, seeded, stream_text, temper
 from desc.storage.files import write_json
@@ -117,7 +117,7 @@ class Chat:
         reply = ""
         print(f"{speaker} [{strategy}]: ", end="", flush=True)
         try:
-            with adapter_only(self.model, f"rg-{stage}"):
+            with adapter_only(self.model, f"rg-{stage}"), ready_adapters(self.model):
                 branches = grow_branches(self.model, [[prompt]], config, [seed])
                 for piece in stream_text(self.tokenizer, (token for _, token in branches)):
                     reply += piece
