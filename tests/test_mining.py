@@ -100,7 +100,8 @@ def test_dialogues_are_answered_at_once_as_one_at_a_time(task, routing, toy, sam
         for dialogue in sample[:3]
     ]
     assert [len(answers) for answers in at_once] == [2 * len(dialogue) for dialogue in sample[:3]]
-    assert all(answer.strategy and answer.reply for answers in at_once for answer in answers)
+    assert all(answer.strategy for answers in at_once for answer in answers)
+    assert all(any(answer.reply for answer in answers) for answers in at_once)
 
 
 NOT_MINE = "not this module's fault"

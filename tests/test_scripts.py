@@ -237,15 +237,31 @@ def test_mining_killed_and_run_again_loses_and_doubles_nothing(out, tmp_path):
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    # The kill cut off a line, and in two what is answered at once.
-    written = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(written[:2]) + b'{"split": "train", "dialo')
+    with open(journal, "ab") as file:
+        file.write(b'{"split": "train", "dialo')  # a line that the kill cut off
     printed = run("mine_preferences.py", *common, "--max-new-tokens", 7, fails=True)
     assert "was begun with another max_new_tokens" in printed
-    run(*mine, "--max-tokens", 4096)
-    for name in ("answers", "pairs"):
-        mined = (lines(folder / "sp" / f"{name}.jsonl") for folder in (tmp_path, out))
-        assert next(mined) == next(mined)
+    run(*mine)
+    assert lines(tmp_path / "sp" / "pairs.jsonl") == lines(out / "sp" / "pairs.jsonl")
+
+
+def test_a_kill_between_dialogues_that_are_answered_at_once_changes_nothing(out, tmp_path):
+    """Of those that are mined and evaluated at once, the first has its line already."""
+    for task in ("sp", "rg"):
+        shutil.copytree(out / task / "sft", tmp_path / task / "sft")
+    common = ("--model", "toy", "--out", tmp_path, "--max-new-tokens", 6, "--max-tokens", 4096)
+    mine = ("mine_preferences.py", *common, "--task", "rg", "--train-dialogues", 2)
+    for steps, folder in (
+        ((*mine, "--eval-dialogues", 1), tmp_path / "rg"),
+        (("evaluate.py", *common, "--eval-dialogues", 3), tmp_path / "eval"),
+    ):
+        run(*steps)
+        whole = (folder / "answers.jsonl").read_bytes()
+        begun = b"".join(whole.splitlines(keepends=True)[:2])
+        (folder / "answers.jsonl").unlink()
+        (folder / "answers.0.jsonl").write_bytes(begun)
+        run(*steps)
+        assert (folder / "answers.jsonl").read_bytes() == whole
 
 
 def test_dpo_alone_says_what_it_uses_and_what_would_be_better(tmp_path):
