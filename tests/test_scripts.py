@@ -341,8 +341,8 @@ def test_turns_that_are_too_long_end_training_before_the_first_step(
 
     sft = ("train_sft", "--task", "sp", "--train-dialogues", 2, "--max-length")
     assert problem(*sft, 300).startswith("3 of 13 turns cannot be encoded; the first: 0/1: ")
-    assert problem(*sft, 320).startswith(
-        "3 of 17 validation turns cannot be encoded; the first: 24/2: "
+    assert problem(*sft, 328).startswith(
+        "1 of 17 validation turns cannot be encoded; the first: 28/4: "
     )
     short, long = ("Hi", "Hello.", "No."), ("Hi " * 300, "Hello.", "No.")
     write_pairs(tmp_path / "pairs", [short] * 9 + [long], [short])
